@@ -1,0 +1,234 @@
+"""The training loop: epochs, checkpoints, resume, signals, progress, one process or many. It knows no stage, no model and no data set.
+
+Everything random in a step must be a pure function of (epoch, step): then a run that was stopped anywhere and started again ends with the
+weights of an undisturbed one, bit for bit on CPU, and a checkpoint needs no random state.
+"""
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+
+class Process(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def say(self, *words):
+        if self.is_main:
+            tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+            sys.stdout.flush()
+
+
+def start_process(device="auto"):
+    """This process' place: joins torchrun's group when torchrun started it (NCCL on GPUs, gloo on CPU), else stands alone."""
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if "RANK" not in os.environ:
+        return Process(0, 1, torch.device("cuda" if cuda else "cpu"))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def barrier(process):
+    if process.world > 1:
+        dist.barrier()
+
+
+def mean_over_ranks(x):
+    """The mean of a tensor over all processes; x itself in a single one."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def write_aside(path, write):
+    """write(file) goes to a temporary file that is renamed to `path` when it is whole and on disk."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.part-{os.getpid()}"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def save_json(obj, path):
+    write_aside(path, lambda f: f.write((json.dumps(obj, indent=1) + "\n").encode()))
+
+
+def save_checkpoint(state, path):
+    """Keeps the checkpoint before this one beside it, as PATH.previous."""
+    if os.path.exists(path):
+        os.replace(path, f"{path}.previous")
+    write_aside(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path, say=print):
+    """The newest readable state at PATH or PATH.previous; None if there is neither. One that cannot be read is named."""
+    for candidate in (path, f"{path}.previous"):
+        if os.path.exists(candidate):
+            try:
+                return torch.load(candidate, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever a truncated or foreign file makes torch raise
+                say(f"checkpoint {candidate} cannot be read ({type(error).__name__}), trying the one before it")
+    if os.path.exists(path) or os.path.exists(f"{path}.previous"):
+        raise ValueError(f"neither {path} nor the checkpoint before it can be read: remove them to start this stage again")
+
+
+def make_optimizer(parameters, *, optimizer, lr, weight_decay, momentum=0.0):
+    parameters = [p for p in parameters if p.requires_grad]
+    if optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if optimizer not in kinds:
+        raise ValueError(f"optimizer {optimizer!r}: expected sgd, adam or adamw")
+    return kinds[optimizer](parameters, lr, weight_decay=weight_decay)
+
+
+def lr_factor(epoch, epochs, *, schedule, every=5, factor=0.5, warmup=0.3):
+    """What the learning rate is multiplied by at `epoch`, a fraction (2.5 is the middle of the third epoch).
+
+    "step": times `factor` after every `every` epochs. "cosine": linear from 1/25 over the first `warmup` of training, then a cosine to 0.
+    """
+    if schedule == "step":
+        return factor ** (epoch // every)
+    if schedule != "cosine":
+        raise ValueError(f"schedule {schedule!r}: expected step or cosine")
+    progress = epoch / epochs
+    if progress < warmup:
+        return 0.04 + 0.96 * progress / warmup
+    return 0.5 * (1 + torch.cos(torch.tensor((progress - warmup) / (1 - warmup) * torch.pi, dtype=torch.float64)).item())
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _worker(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def make_loader(dataset, batch_sampler, collate, workers, device):
+    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, num_workers=workers, worker_init_fn=_worker,
+                      persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+class Interrupted(SystemExit):
+    """A signal stopped training after its state was saved; as an exit status, 128 + signal."""
+
+
+def fit(model, step, dataset, sampler, collate, *, name, epochs, optimizer, schedule, folder, process, workers=0, clip=0.0, save_sec=60.0):
+    """Trains `model` in place and returns (seconds, history), or raises Interrupted with everything saved in `folder`.
+
+    step(net, batch, epoch, i): forward and backward of one batch through `net`, the model or its DDP wrapper; returns {term: scalar
+    tensor} with "loss" in it. schedule(epoch): learning rate factor. Writes folder/checkpoint.pt every `save_sec` seconds, after an
+    epoch and on SIGINT or SIGTERM, and resumes from it; folder/metrics.jsonl has a line an epoch.
+    Raises FloatingPointError, naming the videos, when a loss is not finite.
+    """
+    path, device = f"{folder}/checkpoint.pt", process.device
+    state = {"epoch": 0, "step": 0, "sums": {}, "history": [], "seconds": 0.0}
+    saved = load_checkpoint(path, process.say)
+    if saved:
+        model.load_state_dict(saved.pop("model"))
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        state = saved
+        process.say(f"{name}: resuming at epoch {state['epoch'] + 1}, step {state['step'] + 1}")
+    net = model
+    if process.world > 1:
+        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    net.train()
+    base_lr = [g["initial_lr"] if "initial_lr" in g else g["lr"] for g in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, base_lr):
+        group["initial_lr"] = lr
+    loader = make_loader(dataset, sampler, collate, workers, device)
+    signals = []
+    before = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    started, last_save = time.monotonic() - state["seconds"], time.monotonic()
+
+    def save():
+        state["seconds"] = time.monotonic() - started
+        if process.is_main:
+            save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **state}, path)
+
+    try:
+        for epoch in range(state["epoch"], epochs):
+            dataset.set_epoch(epoch)
+            sampler.set_epoch(epoch, state["step"])
+            bar = tqdm(total=sampler.steps, initial=state["step"], desc=f"{name} {epoch + 1}/{epochs}", leave=False, unit="step",
+                       disable=not (process.is_main and sys.stderr.isatty()))
+            epoch_started = time.monotonic()
+            for i, batch in enumerate(loader, state["step"]):
+                for group, lr in zip(optimizer.param_groups, base_lr):
+                    group["lr"] = lr * schedule(epoch + i / sampler.steps)
+                optimizer.zero_grad(set_to_none=True)
+                terms = step(net, to_device(batch, device), epoch, i)
+                finite = bool(torch.isfinite(terms["loss"]))
+                flags = mean_over_ranks(torch.tensor([float(not finite), float(bool(signals)), *map(float, terms.values())], device=device)).tolist()
+                if flags[0]:
+                    where = f"{name}: loss is not finite at epoch {epoch + 1}, step {i + 1}, {sampler.fidelity(epoch, i)}"
+                    raise FloatingPointError(f"{where}: {', '.join(map(str, batch['name'])) if not finite else 'on another process'}")
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                for key, value in zip(terms, flags[2:]):
+                    state["sums"][key] = state["sums"].get(key, 0.0) + value
+                state["step"] = i + 1
+                if epoch == i == 0:
+                    process.say(f"{name}: after the first step, peak memory {peak_memory_gb(device):.2f} GB a process")
+                bar.set_postfix(loss=f"{state['sums']['loss'] / (i + 1):.3f}", fidelity=sampler.fidelity(epoch, i).name, refresh=False)
+                bar.update()
+                if flags[1]:
+                    save()
+                    number = signals[0] if signals else signal.SIGTERM
+                    process.say(f"\n{name}: stopped by {signal.Signals(number).name} in epoch {epoch + 1} after step {i + 1}; the same command goes on from there")
+                    raise Interrupted(128 + number)
+                if i + 1 < sampler.steps and time.monotonic() - last_save > save_sec:
+                    save()
+                    last_save = time.monotonic()
+            bar.close()
+            seconds = time.monotonic() - epoch_started
+            record = {"epoch": epoch + 1, "fidelity": sampler.fidelity(epoch, 0).name, "lr": optimizer.param_groups[0]["lr"],
+                      **{k: v / sampler.steps for k, v in state["sums"].items()}, "seconds": seconds}
+            state["history"].append(record)
+            state.update(epoch=epoch + 1, step=0, sums={})
+            save()
+            last_save = time.monotonic()
+            if process.is_main:
+                write_aside(f"{folder}/metrics.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in state["history"]).encode()))
+            process.say(f"{name} {epoch + 1}/{epochs}: " + ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k != "epoch"))
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    return time.monotonic() - started, state["history"]
