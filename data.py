@@ -265,10 +265,13 @@ class Clip(NamedTuple):
     label: int
 
 
-def list_clips(folder, suffix):
-    """FOLDER/CLASS/*suffix -> ([Clip, ...], [class names]), sorted. Raises ValueError if there are none."""
-    classes = sorted(d.name for d in os.scandir(folder) if d.is_dir()) if os.path.isdir(folder) else []
-    clips = [Clip(f"{folder}/{c}/{f}", 0.0, math.inf, i) for i, c in enumerate(classes)
+def list_clips(folder, suffix, classes=None):
+    """FOLDER/CLASS/*suffix -> ([Clip, ...], [class names]), sorted. Raises ValueError if there are none, or others than `classes`."""
+    found = sorted(d.name for d in os.scandir(folder) if d.is_dir()) if os.path.isdir(folder) else []
+    classes = found if classes is None else classes
+    if not set(found) <= set(classes):
+        raise ValueError(f"{folder} has classes that the training clips lack: {sorted(set(found) - set(classes))[:10]}")
+    clips = [Clip(f"{folder}/{c}/{f}", 0.0, math.inf, classes.index(c)) for c in found
              for f in sorted(os.listdir(f"{folder}/{c}")) if f.endswith(suffix)]
     if not clips:
         raise ValueError(f"no {suffix} file in {folder}/CLASS/: name a folder with one sub-folder a class")
@@ -351,14 +354,18 @@ class FeatureDataset:
         return {"name": video.name, "features": features, "segments": video.segments, "target": target / target.sum().clamp(min=1)}
 
     def statistics(self, most=2000):
-        """Mean and standard deviation of each channel, (C,) float32 each, over at most `most` evenly picked videos."""
-        count, total, square = 0, 0.0, 0.0
+        """Mean and standard deviation of each channel over snippets, and standard deviation of a video's mean: three (C,) float32.
+
+        Over at most `most` evenly picked videos. A channel that never changes gets a small, positive deviation.
+        """
+        count, total, square, means = 0, 0.0, 0.0, []
         for i in np.linspace(0, len(self) - 1, min(len(self), most)).round().astype(int):
             x = np.asarray(self._read(self.videos[i]), np.float64)
             count, total, square = count + len(x), total + x.sum(0), square + (x * x).sum(0)
+            means.append(x.mean(0))
         mean = total / count
-        std = np.sqrt(np.maximum(square / count - mean**2, 0))
-        return torch.from_numpy(mean).float(), torch.from_numpy(np.maximum(std, 1e-3 * std.max() + 1e-6)).float()
+        stds = np.sqrt(np.maximum(square / count - mean**2, 0)), np.std(means, 0)
+        return tuple(torch.from_numpy(x).float() for x in (mean, *(np.maximum(std, 1e-3 * stds[0].max() + 1e-6) for std in stds)))
 
 
 def collate(samples):

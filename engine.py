@@ -59,6 +59,14 @@ def mean_over_ranks(x):
     return x
 
 
+def gather(x, process):
+    """A list of every process' x, by rank."""
+    parts = [x] * process.world
+    if process.world > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
 def write_aside(path, write):
     """write(file) goes to a temporary file that is renamed to `path` when it is whole and on disk."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -135,6 +143,11 @@ def _worker(_):
     torch.set_num_threads(1)
 
 
+def autocast(device):
+    """bf16 on CUDA, nothing on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def make_loader(dataset, batch_sampler, collate, workers, device):
     return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=collate, num_workers=workers, worker_init_fn=_worker,
                       persistent_workers=workers > 0, pin_memory=device.type == "cuda")
@@ -144,19 +157,31 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+def batches(dataset, fidelity, size, collate, *, name, process, workers=0):
+    """Batches of a data set in order, on the device, with a progress bar; each rank its share, so that each sample comes once."""
+    own = range(process.rank, len(dataset), process.world)
+    loader = make_loader(dataset, [[(i, fidelity) for i in own[k:k + size]] for k in range(0, len(own), size)], collate, workers, process.device)
+    for batch in tqdm(loader, name, unit="batch", leave=False, disable=not (process.is_main and sys.stderr.isatty())):
+        yield to_device(batch, process.device)
+
+
 class Interrupted(SystemExit):
     """A signal stopped training after its state was saved; as an exit status, 128 + signal."""
 
 
-def fit(model, step, dataset, sampler, collate, *, name, epochs, optimizer, schedule, folder, process, workers=0, clip=0.0, save_sec=60.0):
+def fit(model, step, dataset, sampler, collate, *, options, name, folder, process, workers=0, save_sec=60.0):
     """Trains `model` in place and returns (seconds, history), or raises Interrupted with everything saved in `folder`.
 
     step(net, batch, epoch, i): forward and backward of one batch through `net`, the model or its DDP wrapper; returns {term: scalar
-    tensor} with "loss" in it. schedule(epoch): learning rate factor. Writes folder/checkpoint.pt every `save_sec` seconds, after an
-    epoch and on SIGINT or SIGTERM, and resumes from it; folder/metrics.jsonl has a line an epoch.
+    tensor} with "loss" in it. options: epochs and the arguments of make_optimizer and lr_factor; clip, the largest gradient norm, if any.
+    Writes folder/checkpoint.pt every `save_sec` seconds, after an epoch and on SIGINT or SIGTERM, and resumes from it;
+    folder/metrics.jsonl has a line an epoch.
     Raises FloatingPointError, naming the videos, when a loss is not finite.
     """
     path, device = f"{folder}/checkpoint.pt", process.device
+    epochs, clip = options["epochs"], options.get("clip", 0)
+    optimizer = make_optimizer(model.parameters(), **{k: options[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
+    shape = {k: options[k] for k in ("schedule", "every", "factor", "warmup")}
     state = {"epoch": 0, "step": 0, "sums": {}, "history": [], "seconds": 0.0}
     saved = load_checkpoint(path, process.say)
     if saved:
@@ -168,9 +193,6 @@ def fit(model, step, dataset, sampler, collate, *, name, epochs, optimizer, sche
     if process.world > 1:
         net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     net.train()
-    base_lr = [g["initial_lr"] if "initial_lr" in g else g["lr"] for g in optimizer.param_groups]
-    for group, lr in zip(optimizer.param_groups, base_lr):
-        group["initial_lr"] = lr
     loader = make_loader(dataset, sampler, collate, workers, device)
     signals = []
     before = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -189,8 +211,8 @@ def fit(model, step, dataset, sampler, collate, *, name, epochs, optimizer, sche
                        disable=not (process.is_main and sys.stderr.isatty()))
             epoch_started = time.monotonic()
             for i, batch in enumerate(loader, state["step"]):
-                for group, lr in zip(optimizer.param_groups, base_lr):
-                    group["lr"] = lr * schedule(epoch + i / sampler.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = options["lr"] * lr_factor(epoch + i / sampler.steps, epochs, **shape)
                 optimizer.zero_grad(set_to_none=True)
                 terms = step(net, to_device(batch, device), epoch, i)
                 finite = bool(torch.isfinite(terms["loss"]))

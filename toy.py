@@ -154,8 +154,8 @@ def _act(rng, pose, motion, spans, amplitude):
 
 def plan_segments(rng, snippets):
     """One to three segments of 10-42 % of the video each (26 % if several), 3 snippets apart: fractions of the video."""
+    k = rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])
     while True:
-        k = rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])
         lengths = rng.uniform(0.10, 0.42 if k == 1 else 0.26, k)
         gaps = rng.dirichlet(np.ones(k + 1)) * (1 - lengths.sum())
         if k == 1 or (gaps[1:-1] >= 3 / snippets).all():
@@ -249,10 +249,12 @@ def make_toy(out, *, seed=0, train=240, val=160, clips=3000, stills=1500, size=4
              clip_frames=8, competitors=2, amplitude=(0.25, 0.33), workers=None):
     """Writes the data set to folder `out`, whole or not at all. Returns False if the same one is already there.
 
-    Raises ValueError if `out` holds something else: nothing is ever written over.
+    Raises ValueError if `out` holds something else: nothing is ever written over. Also if the sizes are too small to hold what they describe.
     """
     arguments = dict(seed=seed, train=train, val=val, clips=clips, stills=stills, size=size, snippets=snippets,
                      frames_per_snippet=frames_per_snippet, clip_frames=clip_frames, competitors=competitors, amplitude=list(amplitude))
+    if snippets < 16 or frames_per_snippet < 1 or size < 16 or min(train, val, clips, stills) < 1:
+        raise ValueError(f"{arguments}: expected at least 16 snippets (three segments, 3 snippets apart, must fit), 16 pixels and one of each kind")
     out = out.rstrip("/")
     if os.path.exists(out):
         found = json.load(open(f"{out}/toy.json")) if os.path.exists(f"{out}/toy.json") else "no toy data set"

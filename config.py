@@ -1,0 +1,96 @@
+"""A run's config: configs/default.yaml, then a file, then key=value words; a run's folder, with what a number needs to be believed."""
+import difflib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FREE = {"data.workers", "device"}  # may change between two starts of a run
+
+
+class Config(dict):
+    """A dict whose keys are attributes too: cfg.lofi.lr."""
+    __getattr__ = dict.__getitem__
+
+
+def merge(base, changes, where=""):
+    """A new Config: `base` with `changes` in it. ValueError for a key that base lacks, with the nearest one that it has."""
+    out = Config({k: merge(v, {}) if isinstance(v, dict) else v for k, v in base.items()})
+    for key, value in changes.items():
+        if key not in base:
+            near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
+            raise ValueError(f"config key {where}{key} is read by nothing; did you mean {where}{near}? configs/default.yaml has them all")
+        if isinstance(base[key], dict) != isinstance(value, dict):
+            raise ValueError(f"config key {where}{key} is {value!r}, expected {'a block of keys' if isinstance(base[key], dict) else 'one value'}")
+        if isinstance(base[key], (int, float)) and (isinstance(base[key], bool) != isinstance(value, bool) or not isinstance(value, (int, float))):
+            kind = "true or false" if isinstance(base[key], bool) else "a number (YAML reads 1e-4 as a word: write 1.0e-4)"
+            raise ValueError(f"config key {where}{key} is {value!r}, expected {kind}")
+        out[key] = merge(base[key], value, f"{where}{key}.") if isinstance(value, dict) else value
+    return out
+
+
+def read_yaml(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no config file {path}: name one of configs/")
+    with open(path) as f:
+        try:
+            content = yaml.safe_load(f) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r}, expected keys and values")
+    return content
+
+
+def load(path, words=()):
+    """The config of a file under configs/default.yaml, changed by words "key.sub=value" (the value as YAML)."""
+    cfg = merge(read_yaml(f"{HERE}/configs/default.yaml"), read_yaml(path))
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--set {word}: expected key.sub=value")
+        change = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        cfg = merge(cfg, change)
+    return cfg
+
+
+def flat(cfg, where=""):
+    """{"lofi.lr": 0.1, ...}"""
+    return {name: leaf for key, value in cfg.items() for name, leaf in
+            (flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}).items()}
+
+
+def differences(old, new):
+    """Lines that say which keys differ; those that may change are left out, and stages of which one list only goes on further."""
+    old, new = flat(old), flat(new)
+    keys = sorted((old.keys() | new.keys()) - FREE)
+    if all(a == b for a, b in zip(old["stages"], new["stages"])):
+        keys.remove("stages")
+    return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
+
+
+def open_run(cfg, write_json, main=True, **facts):
+    """Checks that the folder cfg.out was begun with this very config, or begins it: config.json, and versions.json with `facts`.
+
+    write_json(obj, path): an atomic writer; only the main process writes. ValueError shows the difference between the two configs.
+    """
+    path = f"{cfg.out}/config.json"
+    if os.path.exists(path) and set(os.listdir(cfg.out)) - {"config.json", "versions.json"}:  # else nothing came of it yet
+        with open(path) as f:
+            differ = differences(json.load(f), cfg)
+        if differ:
+            raise ValueError(f"{cfg.out} was begun with another config:\n" + "\n".join(differ)
+                             + "\nname another folder with --set out=..., or remove that one yourself")
+    if main:
+        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+        write_json({"git": git or None, "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+                    "numpy": np.__version__, **facts}, f"{cfg.out}/versions.json")
+        write_json(cfg, path)

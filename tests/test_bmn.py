@@ -1,0 +1,128 @@
+"""bmn.py against a loop over its sampling points and the network with its whole (C, samples, L, L) map."""
+import math
+
+import pytest
+import torch
+
+from bmn import BMN, load_official, sample
+from gtad import decode, loss_weights, losses, make_targets
+
+SMALL = dict(in_channels=8, hidden=12, map_hidden=(10, 6), samples=32)
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return BMN(**{**SMALL, **changes})
+
+
+def pair_weights(s, e, L, samples):
+    """(samples, L) of one pair, point by point."""
+    weights = torch.zeros(samples, L, dtype=torch.float64)
+    n = e + 1 - s
+    low, high = s - (n + 1) / 2, e + 1 + (n + 1) / 2
+    for i in range(3 * samples):
+        p = low + (high - low) / (3 * samples - 1) * i
+        if -1 < p < 0:
+            p = 0.0                                         # rounded towards zero, as the release does
+        for snippet, share in ((math.floor(p), 1 - (p - math.floor(p))), (math.floor(p) + 1, p - math.floor(p))):
+            if 0 <= snippet < L:
+                weights[i // 3, snippet] += share / 3
+    return weights
+
+
+def materialised(head, x):
+    base = head.x_1d_b(x)
+    L, samples = x.shape[2], head.samples
+    weights = torch.zeros(L, L, samples, L, dtype=x.dtype)
+    for s in range(L):
+        for e in range(s, L):
+            weights[s, e] = pair_weights(s, e, L, samples)
+    sampled = torch.einsum("bcl,uvnl->bcnuv", head.x_1d_p(base), weights)
+    pairs = head.x_2d_p(head.x_3d_p(sampled).squeeze(2))                                # (B, 2, start, end)
+    map = torch.zeros_like(pairs)
+    for d in range(L):
+        for s in range(L - d):
+            map[:, :, d, s] = pairs[:, :, s, s + d]
+    return head.x_1d_s(base).squeeze(1), head.x_1d_e(base).squeeze(1), map
+
+
+@pytest.mark.parametrize("L", [1, 7, 20])
+@pytest.mark.parametrize("samples", [32, 5])
+def test_sampling_is_its_definition(L, samples):
+    s, e = torch.triu_indices(L, L)
+    found = torch.zeros(len(s), samples, L, dtype=torch.float64)
+    pair, b, snippet, value = sample(s, e, L, samples)
+    found.index_put_((pair, b, snippet), value, accumulate=True)
+    expected = torch.stack([pair_weights(int(a), int(z), L, samples) for a, z in zip(s, e)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("L", [6, 20])
+def test_folded_network_is_the_materialised_one(L):
+    """Outputs and all gradients; with 20 snippets the sampling is sparse, with 6 dense."""
+    head = small().double()
+    x = torch.randn(2, 8, L, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *head.parameters()]
+    outputs, expected = head(x), materialised(head, x)
+    upstream = [torch.randn_like(output) for output in outputs]
+    gradients, expected_gradients = torch.autograd.grad(outputs, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    for found, wanted in zip((*outputs, *gradients), (*expected, *expected_gradients)):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_one_video_equals_its_row_in_a_batch():
+    head, x = small(), torch.randn(2, 8, 20)
+    for both, first, second in zip(head(x), head(x[:1]), head(x[1:])):
+        torch.testing.assert_close(both, torch.cat([first, second]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("L", [6, 20])
+def test_bfloat16_autocast(L):
+    head, x = small(), torch.randn(2, 8, L)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head(x)
+    for found, wanted in zip(outputs, head(x)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0.02)
+
+
+def test_official_checkpoint():
+    """Keys and shapes of the release, written out once more; a stored sample_mask does not matter."""
+    weights = {"x_1d_b.0": (256, 100, 3), "x_1d_b.2": (256, 64, 3), "x_1d_p.0": (256, 256, 3), "x_3d_p.0": (512, 256, 32, 1, 1),
+               "x_2d_p.0": (128, 512, 1, 1), "x_2d_p.2": (128, 128, 3, 3), "x_2d_p.4": (128, 128, 3, 3), "x_2d_p.6": (2, 128, 1, 1)}
+    for side in "se":
+        weights |= {f"x_1d_{side}.0": (256, 64, 3), f"x_1d_{side}.2": (1, 256, 1)}
+    torch.manual_seed(0)
+    state = {f"module.{key}.{kind}": torch.randn(shape if kind == "weight" else shape[:1]) * 0.03
+             for key, shape in weights.items() for kind in ("weight", "bias")}
+    head = load_official({**state, "module.sample_mask": torch.zeros(3)})
+    assert {f"module.{key}" for key in head.state_dict()} == set(state)
+    x = torch.randn(1, 400, 5)
+    for found, wanted in zip(head(x), materialised(head.double(), x.double())):
+        torch.testing.assert_close(found, wanted.float(), rtol=0, atol=1e-5)
+    del state["module.x_2d_p.6.bias"]
+    with pytest.raises(ValueError, match=r"missing keys \['x_2d_p.6.bias'\], unexpected keys \['more'\]"):
+        load_official({**state, "more": torch.zeros(1)})
+
+
+def test_wrong_features_are_named():
+    with pytest.raises(ValueError, match=r"\(2, 20, 8\).*expected \(B, 8, L\)"):
+        small()(torch.randn(2, 20, 8))
+
+
+def test_overfitting_puts_the_true_segments_on_top():
+    """With the targets, losses and decoding of gtad.py."""
+    L, truth = 16, [torch.tensor([[0.25, 0.5]]), torch.tensor([[0.5, 1.0]])]
+    head = small(hidden=32, map_hidden=(32, 16), samples=16)
+    x = torch.randn(2, 8, L) * 0.3
+    x[0, 0, 4:8] += 2
+    x[1, 1, 8:] += 2
+    targets, optimizer = make_targets(truth, L), torch.optim.Adam(head.parameters(), 5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        terms = losses(*head(x), targets, loss_weights(targets, generator=generator))
+        optimizer.zero_grad()
+        (terms["node"] + 10 * terms["regression"] + terms["classification"]).backward()
+        optimizer.step()
+    segments, _, _ = decode(*head(x), boundary_scores=True)
+    torch.testing.assert_close(segments[:, :1], torch.stack(truth))

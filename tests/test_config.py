@@ -1,0 +1,84 @@
+import glob
+import json
+
+import pytest
+
+import config
+
+
+def test_files_change_the_defaults_and_words_change_both(tmp_path):
+    (tmp_path / "x.yaml").write_text("seed: 3\nlofi: {lr: 0.5}\n")
+    cfg = config.load(str(tmp_path / "x.yaml"), ["lofi.cycle=[T]", "pretrain.acp.epochs=2"])
+    assert (cfg.seed, cfg.lofi.lr, cfg.lofi.cycle, cfg.pretrain.acp.epochs, cfg.lofi.momentum) == (3, 0.5, ["T"], 2, 0.0)
+    assert config.load(str(tmp_path / "x.yaml")).lofi.cycle == ["S", "T", "ST"]  # nothing sticks to the defaults
+
+
+@pytest.mark.parametrize("word, message", [
+    ("lofi.lrr=1", "lofi.lrr is read by nothing; did you mean lofi.lr"), ("sede=1", "did you mean seed"),
+    ("lofi=1", "expected a block of keys"), ("lofi.lr.x=1", "expected one value"), ("lofi.lr", "expected key.sub=value"),
+    ("lofi.lr=1e-4", "expected a number.*1.0e-4"), ("data.flip=3", "expected true or false"), ("lofi.epochs=true", "expected a number")])
+def test_wrong_words_are_refused(word, message):
+    with pytest.raises(ValueError, match=message):
+        config.load("configs/toy.yaml", [word])
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.yaml"):
+        config.load(str(tmp_path / "none.yaml"))
+    for text in ("a: [", "just words"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match="bad.yaml"):
+            config.load(str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob("configs/*.yaml")))
+def test_every_config_loads(path):
+    cfg = config.load(path)
+    assert cfg.data.snippets > 0
+
+
+def test_the_papers_recipe():
+    """LoFi, section 3.3 and 4.3."""
+    for path in ("configs/anet13.yaml", "configs/hacs.yaml"):
+        cfg = config.load(path)
+        assert (cfg.data.snippets, cfg.data.size, cfg.data.frames_per_snippet, cfg.data.stride, cfg.encoder.depth, cfg.encoder.width) == (100, 224, 8, 8, 18, 64)
+        assert (cfg.lofi.optimizer, cfg.lofi.lr, cfg.lofi.momentum, cfg.lofi.weight_decay, cfg.lofi.batch_size) == ("sgd", 0.1, 0, 1e-4, 16)
+        assert (cfg.lofi.schedule, cfg.lofi.every, cfg.lofi.factor) == ("step", 5, 0.5)
+        assert (cfg.lofi.cycle, cfg.lofi.order, cfg.lofi.period) == (["S", "T", "ST"], "long", 1)
+        assert (cfg.fidelity.r_t, cfg.fidelity.r_s, cfg.fidelity.st_r_t) == (4, 2, 2) and cfg.fidelity.st_r_s**2 == pytest.approx(2)
+        assert cfg.detect.sigma == 0.84 and cfg.detect.top_k == 100
+    assert (config.load("configs/anet13.yaml").detect.classes_per_video, config.load("configs/hacs.yaml").detect.classes_per_video) == (2, 1)
+
+
+def test_every_key_is_read_by_something():
+    """Each leaf of the default config is named in the code: as .key, ["key"] or "key", or passed whole as a block of named arguments."""
+    import inspect
+
+    import gtad
+    import tsm
+    code = "".join(open(f).read() for f in ("lofi_tal.py", "engine.py", "pretrain.py", "config.py"))
+    arguments = set(inspect.signature(gtad.GTAD).parameters) | set(inspect.signature(tsm.TSM).parameters)
+    for key in config.flat(config.read_yaml("configs/default.yaml")):
+        leaf = key.rsplit(".", 1)[-1]
+        if key.split(".")[0] in ("gtad", "encoder"):
+            assert leaf in arguments, key
+        elif key.split(".")[0] != "loss":  # read by the names of the head's loss terms
+            assert f".{leaf}" in code or f'"{leaf}"' in code or leaf in ("train_subset", "val_subset"), key
+
+
+def test_a_run_belongs_to_one_config(tmp_path):
+    def write(obj, path):
+        tmp_path.joinpath("run").mkdir(exist_ok=True)
+        open(path, "w").write(json.dumps(obj))
+    out = f"out={tmp_path}/run"
+    config.open_run(config.load("configs/toy.yaml", [out]), write, processes=1)
+    versions = json.load(open(tmp_path / "run/versions.json"))
+    assert versions["processes"] == 1 and versions["torch"] and "git" in versions
+    config.open_run(config.load("configs/toy.yaml", [out, "lofi.lr=0.3"]), write)  # nothing came of the first start
+    config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain]"]), write)
+    (tmp_path / "run/pretrain").mkdir()
+    config.open_run(config.load("configs/toy.yaml", [out, "data.workers=5"]), write)  # changes no number; more stages go on from there
+    with pytest.raises(ValueError, match=r"lofi.lr: 0.1 there, 0.2 now\n  seed: 0 there, 4 now"):
+        config.open_run(config.load("configs/toy.yaml", [out, "lofi.lr=0.2", "seed=4"]), write)
+    with pytest.raises(ValueError, match="stages"):
+        config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain, features]"]), write)

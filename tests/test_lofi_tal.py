@@ -1,0 +1,164 @@
+"""The whole method on a handful of tiny videos, in real processes."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lofi_tal
+import toy
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+TINY = ["data.size=16", "data.snippets=8", "data.workers=0", "encoder.width=8", "lofi.epochs=3", "lofi.batch_size=2", "head.epochs=4", "head.batch_size=4",
+        "gtad={hidden: 16, gcn_width: 16, gcn_groups: 4, inner_bins: 4, context_bins: 2, map_hidden: [16, 8]}",
+        "pretrain.icp.epochs=1", "pretrain.acp.epochs=1", "pretrain.acp.batch_size=8", "pretrain.acp_plus.epochs=1", "pretrain.acp_plus.batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def toy_data(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("toy") / "data")
+    toy.make_toy(out, workers=1, train=8, val=8, clips=16, stills=24, size=20, snippets=16)
+    return out
+
+
+def arguments(toy_data, out, *words):
+    return ["--cfg", "configs/toy.yaml", "--set", *TINY, f"out={out}", f"data.annotations={toy_data}/annotations.json", f"data.frames={toy_data}/frames",
+            f"pretrain.icp.source={toy_data}/stills", f"pretrain.acp.source={toy_data}/clips", *words]
+
+
+def result_of(out):
+    with open(f"{out}/metrics.json") as f:
+        metrics = json.load(f)
+    metrics.pop("seconds")
+    with open(f"{out}/result.json") as f:
+        return metrics, json.load(f)["results"]
+
+
+@pytest.fixture(scope="module")
+def whole(toy_data, tmp_path_factory):
+    """An undisturbed run of all stages in one process."""
+    out = str(tmp_path_factory.mktemp("runs") / "whole")
+    lofi_tal.main(arguments(toy_data, out))
+    return out
+
+
+def test_a_run_leaves_everything_that_a_number_needs(whole, toy_data):
+    metrics, results = result_of(whole)
+    assert metrics["evaluated_videos"] == metrics["ground_truth_videos"] == 8 and 0 <= metrics["average_mAP"] <= 1
+    assert all(0 <= d["segment"][0] < d["segment"][1] <= 8 for ds in results.values() for d in ds) and min(map(len, results.values())) > 3
+    assert set(os.listdir(whole)) == {"config.json", "versions.json", "pretrain", "lofi", "features", "head", "result.json", "metrics.json"}
+    lines = [json.loads(line) for line in open(f"{whole}/lofi/metrics.jsonl")]
+    assert [r["fidelity"] for r in lines] == ["S", "T", "ST"] and {"loss", "node", "regression", "classification", "lr"} <= set(lines[0])
+    features = json.load(open(f"{whole}/features/features.json"))
+    assert features["encoder"].endswith("lofi/encoder.pt") and features["stride"] == 1
+    before, after = (torch.load(f"{whole}/{stage}/encoder.pt", weights_only=True)["model"] for stage in ("pretrain", "lofi"))
+    assert not torch.equal(before["layer1.0.conv1.weight"], after["layer1.0.conv1.weight"])
+    assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # frozen
+
+
+def test_a_finished_run_is_not_run_again(whole, toy_data, capsys):
+    before = {f: os.stat(f"{whole}/{f}").st_mtime_ns for f in ("lofi/encoder.pt", "head/head.pt", "metrics.json")}
+    lofi_tal.main(arguments(toy_data, whole))
+    assert capsys.readouterr().out.count("done already") == 5
+    assert before == {f: os.stat(f"{whole}/{f}").st_mtime_ns for f in before}
+
+
+def test_ctrl_c_in_stage_lofi_and_the_same_command_again_give_the_same_result(whole, toy_data, tmp_path):
+    command = [sys.executable, "lofi_tal.py", *arguments(toy_data, tmp_path / "run", "data.workers=1")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("lofi 1/3"):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole process group, loader workers too
+    assert process.wait(60) == 130, "".join(said)
+    assert "stopped by SIGINT in epoch 2" in said[-1] and "Traceback" not in "".join(said)
+    assert not os.path.exists(tmp_path / "run/lofi/encoder.pt")
+    again = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "pretrain: done already" in again.stdout and "resuming at epoch 2" in again.stdout
+    assert result_of(tmp_path / "run") == result_of(whole)
+
+
+def test_two_processes_give_the_encoder_of_one(whole, toy_data, tmp_path):
+    """Same global batch, frozen BatchNorm, from one ACP encoder; loss-balance counts and random cells are those of the global batch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "lofi_tal.py",
+               *arguments(toy_data, tmp_path / "two", f"pretrain.checkpoint={whole}/pretrain/encoder.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=200)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(f"{out}/lofi/encoder.pt", weights_only=True)["model"] for out in (whole, tmp_path / "two"))
+    start = torch.load(f"{whole}/pretrain/encoder.pt", weights_only=True)["model"]
+    for key, value in one.items():
+        if value.is_floating_point() and "running" not in key:
+            assert (two[key] - value).norm() < 1e-4 * value.norm() + 1e-2 * (value - start[key]).norm(), key
+    metrics, results = result_of(tmp_path / "two")
+    assert metrics["evaluated_videos"] == 8 and list(results) == list(result_of(whole)[1])
+    assert json.load(open(tmp_path / "two/versions.json"))["processes"] == 2
+
+
+def test_acp_plus_and_icp_feed_the_same_stages(whole, toy_data, tmp_path, capsys):
+    for name, words in {"icp": ["pretrain.method=icp", "encoder.shift_div=0"], "none": ["pretrain.method=none"],
+                        "plus": ["pretrain.method=acp_plus", f"pretrain.checkpoint={whole}/pretrain/encoder.pt"]}.items():
+        lofi_tal.main(arguments(toy_data, tmp_path / name, "stages=[pretrain,features,head,detect]", *words))
+        assert result_of(tmp_path / name)[0]["evaluated_videos"] == 8
+    said = capsys.readouterr().out
+    assert "icp: top-1 accuracy on 2 held-out clips of 24 classes" in said and "acp_plus: top-1 accuracy on" in said
+    one, other = (torch.load(f, weights_only=True) for f in (f"{whole}/pretrain/encoder.pt", tmp_path / "plus/pretrain/encoder.pt"))
+    assert other["seconds"] > one["seconds"] > 0  # the cost of what it was made from is in it
+
+
+def fails(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        lofi_tal.main(argv)
+    assert str(stopped.value.code).startswith("lofi_tal.py: ")
+    return str(stopped.value.code)
+
+
+def test_bad_input_is_one_clear_error(whole, toy_data, tmp_path, capsys):
+    argv = arguments(toy_data, tmp_path / "x")
+    assert "python toy.py" in fails(capsys, argv + ["--set", "data.annotations=none.json"])  # no data yet
+    assert "did you mean lofi.epochs" in fails(capsys, argv + ["--set", "lofi.epoch=1"])
+    assert "pretrain.method has 'acpp', expected none, icp, acp, acp_plus" in fails(capsys, argv + ["--set", "pretrain.method=acpp"])
+    assert "lofi.cycle is ['X']" in fails(capsys, argv + ["--set", "lofi.cycle=[X]"])
+    assert "stages has 'lofy'" in fails(capsys, argv + ["--set", "stages=[lofy]"])
+    assert "no encoder checkpoint none.pt" in fails(capsys, argv + ["--set", "pretrain.checkpoint=none.pt"])
+    assert "list stage pretrain before it" in fails(capsys, argv + ["--set", "stages=[features]"])
+    assert "head.pt" in fails(capsys, argv + ["--set", "stages=[detect]"])
+    message = fails(capsys, arguments(toy_data, whole, "lofi.lr=0.3"))
+    assert "begun with another config" in message and "lofi.lr: 0.1 there, 0.3 now" in message
+
+
+def test_videos_without_frames_are_left_out_and_evaluation_says_so(whole, toy_data, tmp_path, capsys):
+    frames = tmp_path / "frames"
+    shutil.copytree(f"{toy_data}/frames", frames)
+    (frames / "toy_00000.zip").unlink(), (frames / "toy_00011.zip").unlink()  # one of 8 for training, one of 8 for validation
+    words = [f"data.frames={frames}", "stages=[features,head,detect]", f"pretrain.checkpoint={whole}/pretrain/encoder.pt"]
+    lofi_tal.main(arguments(toy_data, tmp_path / "run", *words))
+    said = capsys.readouterr().out
+    assert "training: 1 of 8 videos have no .zip file" in said and "toy_00000" in said and "evaluated 7 of 8 videos" in said
+    for f in frames.glob("*.zip"):
+        f.unlink()
+    assert "none of the 8 training videos has a .zip file" in fails(capsys, arguments(toy_data, tmp_path / "none", *words))
+
+
+def test_dry_run_of_the_papers_config_needs_no_data(tmp_path, capsys):
+    lofi_tal.main(["--cfg", "configs/anet13.yaml", "--dry-run", "--set", f"out={tmp_path}/x", "data.size=32", "data.snippets=12", "encoder.width=8"])
+    said = capsys.readouterr().out
+    assert "S: frames (1, 12, 8, 3, 16, 16) -> features (1, 64, 12)" in said
+    assert "T: frames (1, 3, 8, 3, 32, 32)" in said and "ST: frames (1, 6, 8, 3, 23, 23)" in said and "parameters" in said and "GB" in said
+    assert not os.path.exists(tmp_path / "x")
+
+
+@pytest.mark.parametrize("module", ["tsm", "gtad", "evaluate"])
+def test_modules_can_be_copied_alone(module, tmp_path):
+    shutil.copy(f"{module}.py", tmp_path)
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_script_stays_a_script():
+    assert len(open("lofi_tal.py").read().splitlines()) <= 300
