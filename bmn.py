@@ -1,8 +1,9 @@
 """BMN head: features (B, C, L) -> start (B, L), end (B, L), map (B, 2, L, L), the same calls as gtad.GTAD.
 
-Lin et al., BMN: Boundary-Matching Network for Temporal Action Proposal Generation, ICCV 2019, in the shape of its PyTorch
-release. Targets, losses and decoding are gtad.py's, the latter with boundary_scores=True. As in gtad.py, the Conv3d over the 32
-samples is applied to the snippets before they are sampled, and the (256, 32, L, L) map is never built.
+Lin et al., BMN: Boundary-Matching Network for Temporal Action Proposal Generation, ICCV 2019, in the shape of its
+PyTorch release. Targets, losses and decoding are gtad.py's, the latter with boundary_scores=True. As in gtad.py, the
+Conv3d over the 32 samples is applied to the snippets before they are sampled, and the (256, 32, L, L) map is never
+built.
 
 Legend: B videos, C channels, L snippets. Cell (d, s) of the map covers snippets s .. s + d.
 """
@@ -11,25 +12,25 @@ import functools
 import torch
 from torch import nn
 
-from gtad import _pointwise, _score, align, anchor_grid, build_alignment, convolve_bins, fill, official_state
+from gtad import align, anchor_grid, build_alignment, confidence, convolve_bins, fill, official_state, pointwise
 
 POINTS = 3          # interpolated points averaged into one sample
 
 
 def sample(s, e, L, samples):
-    """The boundary-matching layer's interpolation weights (BMN, section 3.3): pair, sample, snippet, value, each (nnz,).
+    """Boundary-matching sampling (BMN, section 3.3): pair, sample, snippet and value of every non-zero weight, (nnz,).
 
-    s, e: (A,) first and last snippet of each pair, s <= e, on the CPU; n = e + 1 - s. samples * 3 equally spaced points run
-    from s - (n + 1)/2 to e + 1 + (n + 1)/2, both included; a sample is the mean of three consecutive ones, linearly interpolated.
-    Snippets outside [0, L - 1] count as zero, except that points between -1 and 0 read snippet 0: the release rounds
-    them towards zero. Repeated coordinates add up.
+    s, e: (A,) first and last snippet of each pair, s <= e, on the CPU; n = e + 1 - s. samples * 3 equally spaced points
+    run from s - (n + 1)/2 to e + 1 + (n + 1)/2, both included; a sample is the mean of three consecutive ones, linearly
+    interpolated. Snippets outside [0, L - 1] count as zero, except that points between -1 and 0 read snippet 0: the
+    release rounds them towards zero. Repeated coordinates add up.
     """
     n = (e + 1 - s).double()
     low, step = s - (n + 1) / 2, (2 * n + 1) / (samples * POINTS - 1)
-    point = low[:, None] + step[:, None] * torch.arange(samples * POINTS, dtype=torch.float64)              # (A, points)
+    point = low[:, None] + step[:, None] * torch.arange(samples * POINTS, dtype=torch.float64)             # (A, points)
     point = torch.where((point > -1) & (point < 0), 0, point)
     below = point.floor()
-    snippet = torch.stack([below, below + 1], dim=2).long()                                                 # (A, points, 2)
+    snippet = torch.stack([below, below + 1], dim=2).long()                                             # (A, points, 2)
     value = torch.stack([1 - (point - below), point - below], dim=2) / POINTS
     pair, i, side = ((value > 0) & (snippet >= 0) & (snippet < L)).nonzero(as_tuple=True)
     return pair, i // POINTS, snippet[pair, i, side], value[pair, i, side]
@@ -47,8 +48,8 @@ def sampling(L, samples, device, dtype):
 class BMN(nn.Module):
     """The boundary-matching network. Parameter names and shapes are those of the release, defaults its sizes.
 
-    in_channels: C of the features; hidden: channels of the 1-d convolutions; map_hidden: the two widths of the map's; samples: of
-    a pair; groups: of the 1-d convolutions, the proposal branch's excepted.
+    in_channels: C of the features; hidden: channels of the 1-d convolutions; map_hidden: the two widths of the map's;
+    samples: of a pair; groups: of the 1-d convolutions, the proposal branch's excepted.
     """
 
     def __init__(self, *, in_channels, hidden=256, map_hidden=(512, 128), samples=32, groups=4):
@@ -79,21 +80,23 @@ class BMN(nn.Module):
         """
         C = self.x_1d_b[0].in_channels
         if x.dim() != 3 or x.shape[1] != C:
-            raise ValueError(f"BMN got features of shape {tuple(x.shape)}, expected (B, {C}, L): channels before snippets")
+            raise ValueError(f"BMN got features of shape {tuple(x.shape)}, expected (B, {C}, L), "
+                             "channels before snippets")
         L = x.shape[2]
-        base = self.x_1d_b(x)                                                                               # (B, hidden, L)
-        start, end = (_score(branch[2], branch[:2](base).transpose(1, 2)).squeeze(2) for branch in (self.x_1d_s, self.x_1d_e))
+        base = self.x_1d_b(x)                                                                           # (B, hidden, L)
+        start, end = (confidence(branch[2], branch[:2](base).transpose(1, 2)).squeeze(2)
+                      for branch in (self.x_1d_s, self.x_1d_e))
 
-        conv = self.x_3d_p[0]
-        y = convolve_bins(conv.weight.flatten(1), [self.x_1d_p(base).transpose(1, 2)], [self.samples])      # (B, L * samples, wide)
+        conv, snippets = self.x_3d_p[0], self.x_1d_p(base).transpose(1, 2)
+        y = convolve_bins(conv.weight.flatten(1), [snippets], [self.samples])                   # (B, L * samples, wide)
         pairs = sampling(L, self.samples, y.device, y.dtype)
-        z = align(y, pairs).add_(conv.bias).relu_()                                                         # (B, pairs + 1, wide)
-        z = fill(_pointwise(self.x_2d_p[0], z).relu_(), pairs, L * L)
-        z = self.x_2d_p[2:6](z.unflatten(1, (L, L)).permute(0, 3, 1, 2))                                    # start as row, end as column
-        z = _score(self.x_2d_p[6], z.permute(0, 2, 3, 1))                                                   # (B, L, L, 2)
+        z = align(y, conv.bias, pairs)                                                            # (B, pairs + 1, wide)
+        z = fill(pointwise(self.x_2d_p[0], z).relu_(), pairs, L * L)
+        z = self.x_2d_p[2:6](z.unflatten(1, (L, L)).permute(0, 3, 1, 2))                      # start is row, end column
+        z = confidence(self.x_2d_p[6], z.permute(0, 2, 3, 1))                                             # (B, L, L, 2)
 
         s, d, valid = anchor_grid(L, L, x.device)
-        z = z[:, s, (s + d).clamp_max(L - 1)] * valid.unsqueeze(2)                                          # (B, D, L, 2)
+        z = z[:, s, (s + d).clamp_max(L - 1)] * valid.unsqueeze(2)                                        # (B, D, L, 2)
         return start, end, z.permute(0, 3, 1, 2).contiguous()
 
 

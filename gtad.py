@@ -1,9 +1,9 @@
 """G-TAD head: features (B, C, L) -> start (B, L), end (B, L), map (B, 2, D, L); targets, losses, decoding.
 
 Xu et al., G-TAD: Sub-Graph Localization for Temporal Action Detection, CVPR 2020, in the shape of its release. The file
-stands alone. The same function as the release, weight for weight, computed lighter: everything up to the first ReLU of the
-localization module is linear, so its first 1x1 convolution is applied to the L snippets before they are aligned to the
-anchors, and the (9216, D, L) map of sub-graph features is never built.
+stands alone. The same function as the release, weight for weight, computed lighter: everything up to the first ReLU of
+the localization module is linear, so its first 1x1 convolution is applied to the L snippets before they are aligned to
+the anchors, and the (9216, D, L) map of sub-graph features is never built.
 
     head = GTAD(in_channels=512)
     start, end, map = head(features)                             # any L, the same weights
@@ -29,9 +29,9 @@ from torch.nn import functional as F
 def neighbour_graph(x, k):
     """The k nearest snippets of every snippet, itself first, by Euclidean distance; ties go to the lower index.
 
-    x (B, L, C) -> (B, k, L, L) of zeros and ones: [b, j, l, m] = 1 where m is the j-th neighbour of l. As a matrix, because
-    graph @ x is then the gather and its backward a product too, which no atomic additions make non-deterministic.
-    k is at most L. Differences are taken before squaring: equal snippets have distance 0, not rounding noise.
+    x (B, L, C) -> (B, k, L, L) of zeros and ones: [b, j, l, m] = 1 where m is the j-th neighbour of l. As a matrix,
+    because graph @ x is then the gather and its backward a product too: no atomic additions in varying order. k is at
+    most L. Differences are taken before squaring: equal snippets have distance 0, not rounding noise.
     """
     B, L, _ = x.shape
     k = min(k, L)
@@ -47,7 +47,7 @@ def _full(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _pointwise(conv, x):
+def pointwise(conv, x):
     """A convolution of kernel 1 on rows (..., C)."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
@@ -55,8 +55,8 @@ def _pointwise(conv, x):
 class GCNeXt(nn.Module):
     """Graph block: ReLU(temporal stream + input + semantic stream), (B, L, C) -> (B, L, C); G-TAD, section 3.2.
 
-    Snippets are rows. The grouped 1x1 of the semantic stream multiplies by its block-diagonal matrix: more arithmetic, and
-    still faster than a grouped convolution of so few channels a group.
+    Snippets are rows. The grouped 1x1 of the semantic stream multiplies by its block-diagonal matrix: more arithmetic,
+    and still faster than a grouped convolution of so few channels a group.
     """
 
     def __init__(self, channels, *, width=128, groups=32, neighbours=3):
@@ -71,22 +71,24 @@ class GCNeXt(nn.Module):
             nn.Conv2d(width, width, 1, groups=groups), nn.ReLU(),
             nn.Conv2d(width, channels, 1))
         diagonal = torch.block_diag(*torch.ones(groups, width // groups, width // groups))
-        self.register_buffer("diagonal", diagonal, persistent=False)                                        # (width, width)
+        self.register_buffer("diagonal", diagonal, persistent=False)                                    # (width, width)
 
     def forward(self, x, graph=None):
         """x (B, L, C); graph: neighbour_graph(x, k) where the caller has it already."""
         if graph is None:
             graph = neighbour_graph(x, self.neighbours)
-        temporal = self.tconvs(x.transpose(1, 2)).transpose(1, 2)                                           # (B, L, C)
+        first, _, middle, _, last = self.tconvs
+        temporal = middle(pointwise(first, x).relu().transpose(1, 2)).relu().transpose(1, 2)
+        temporal = pointwise(last, temporal)                                                               # (B, L, C)
 
         # An edge is (neighbour, self), and the first 1x1 is linear in it: convolve the snippets, then gather.
         first, _, middle, _, last = self.sconvs
         of_neighbour, of_self = first.weight.flatten(1).chunk(2, dim=1)                                     # (width, C)
-        neighbour = F.linear(x, of_neighbour)
-        neighbour = (graph.flatten(1, 2).to(neighbour.dtype) @ neighbour).unflatten(1, graph.shape[1:3])    # (B, k, L, width)
-        edges = (neighbour + F.linear(x, of_self, first.bias).unsqueeze(1)).relu()
+        nodes = F.linear(x, of_neighbour)
+        nodes = (graph.flatten(1, 2).to(nodes.dtype) @ nodes).unflatten(1, graph.shape[1:3])     # (B, k, L, width)
+        edges = (nodes + F.linear(x, of_self, first.bias).unsqueeze(1)).relu()
         grouped = middle.weight.flatten(1).repeat(1, middle.groups) * self.diagonal
-        semantic = _pointwise(last, F.linear(edges, grouped, middle.bias).relu()).amax(dim=1)               # (B, L, C)
+        semantic = pointwise(last, F.linear(edges, grouped, middle.bias).relu()).amax(dim=1)               # (B, L, C)
         return (temporal + x + semantic).relu()
 
 
@@ -102,12 +104,13 @@ def anchor_grid(L, D, device=None):
 def sgalign(s, d, L, bins):
     """SGAlign's interpolation weights (G-TAD, section 3.3): anchor, bin, snippet and value of every non-zero weight.
 
-    Anchor (s, d) covers n = d + 1 snippets; its region is [s - n/2, s + d + n/2] in snippet indices. Each of its bins is the
-    average of g = ceil(region / bins) equally spaced points, at (i + 0.5)/g of the bin, linearly interpolated; a point
-    below -1 or above L counts as zero, others are clamped to [0, L - 1]. Anchors with s + d >= L have the region [0, 1].
+    Anchor (s, d) covers n = d + 1 snippets; its region is [s - n/2, s + d + n/2] in snippet indices. Each of its bins
+    is the average of g = ceil(region / bins) equally spaced points, at (i + 0.5)/g of the bin, linearly interpolated; a
+    point below -1 or above L counts as zero, others are clamped to [0, L - 1]. Anchors with s + d >= L have the region
+    [0, 1].
 
-    s, d: (A,) integers on the CPU. Returns four (nnz,) tensors, values in float64, sorted by anchor, bin, snippet. Points
-    are fractions of integers, so that no rounding decides on which side of a snippet they fall.
+    s, d: (A,) integers on the CPU. Returns four (nnz,) tensors, values in float64, sorted by anchor, bin, snippet.
+    Points are fractions of integers, so that no rounding decides on which side of a snippet they fall.
     """
     s, d = s.int(), d.int()                                     # half the traffic of int64, and ample
     inside = s + d < L
@@ -116,7 +119,7 @@ def sgalign(s, d, L, bins):
     g = (region + bins - 1) // bins                                                                          # (A,)
 
     # Points, one after the other, group by group; a group is a bin of an anchor.
-    of_group = g.repeat_interleave(bins)                                                                     # (A * bins,)
+    of_group = g.repeat_interleave(bins)                                                                   # (A * bins,)
     ends = of_group.cumsum(0, dtype=torch.int32)
     group = torch.arange(len(of_group), dtype=torch.int32).repeat_interleave(of_group)                       # (P,)
     rank = torch.arange(len(group), dtype=torch.int32) - (ends - of_group)[group]      # of the point in its group
@@ -142,7 +145,7 @@ def sgalign(s, d, L, bins):
 
 class Alignment(NamedTuple):
     """A fixed linear map from the snippets' bins (columns, snippet * bins + bin) to anchors (rows), sparse or dense."""
-    cells: torch.Tensor         # (A,) place in the flattened map of every row but the last, which fills all other cells
+    cells: torch.Tensor         # (A,) places in the flattened map of all rows but the last, which fills the other cells
     by_row: tuple | None        # sparse: (columns (nnz,) int32, where each row begins (A + 1,) int32, values (nnz,))
     by_column: tuple | None     # its transpose
     dense: torch.Tensor | None  # (A + 1, columns)
@@ -150,8 +153,8 @@ class Alignment(NamedTuple):
 
 def build_alignment(row, column, value, shape, cells, device, dtype):
     """Alignment of a `shape` matrix from (nnz,) coordinates and values; sparse ones hold at least float32."""
-    # Dense or sparse, on CPU by measurement: toy sizes are quicker dense, 100 snippets 8 times quicker sparse. Elsewhere by
-    # count: tensor cores make up for the zeros as long as the matrix is small.
+    # Dense or sparse: on CPU by measurement, equal at 20 to 25 snippets, at 100 sparse is five times faster. Elsewhere
+    # by arithmetic, not measured: dense products are so fast there that the zeros pay as long as the matrix is small.
     if shape[0] * shape[1] <= (2 ** 16 if device.type == "cpu" else 2 ** 26):
         dense = torch.zeros(shape, dtype=value.dtype).index_put_((row, column), value, accumulate=True)
         return Alignment(cells.to(device), None, None, dense.to(device, dtype))
@@ -183,29 +186,46 @@ def sgalignment(L, D, bins, device, dtype):
         return build_alignment(row, column, value, (len(s), L * sum(bins)), cells, device, dtype)
 
 
-def _sparse_product(matrix, y):
-    """(B, columns, H) -> (B, rows, H), in blocks of 128 channels, which stay in the cache: 2.5 times faster than 512 at once."""
-    columns, offsets, values = matrix
-    z = y.new_empty(len(y), len(offsets), y.shape[2])
-    for video, out in zip(y, z):
-        for part, block in zip(video.split(128, dim=1), out.split(128, dim=1)):
-            block.copy_(torch.embedding_bag(part.contiguous(), columns, offsets, mode=0, per_sample_weights=values)[0])
-    return z
+class _SparseLayer(torch.autograd.Function):
+    """ReLU(alignment @ y + bias), video by video in blocks of 128 channels.
 
+    What a block needs stays in the cache that way: 2.5 times faster than 512 channels at once. The ReLU is inside
+    because its gradient would be the largest tensor of the head once more.
+    """
 
-class _SparseProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, alignment):
-        ctx.transpose = alignment.by_column
-        return _sparse_product(alignment.by_row, y)
+    def _blocks(*tensors):
+        """Views (..., 128) of (B, ..., H) and (H,) tensors, in step."""
+        for video in range(len(tensors[0])):
+            yield from zip(*((t if t.dim() == 1 else t[video]).split(128, dim=-1) for t in tensors))
+
+    @staticmethod
+    def _product(matrix, block):
+        columns, offsets, values = matrix
+        return torch.embedding_bag(block.contiguous(), columns, offsets, mode=0, per_sample_weights=values)[0]   # sums
+
+    @staticmethod
+    def forward(ctx, y, bias, alignment):
+        z = y.new_empty(len(y), len(alignment.cells) + 1, y.shape[2])
+        for y_block, z_block, bias_block in _SparseLayer._blocks(y, z, bias):
+            z_block.copy_(_SparseLayer._product(alignment.by_row, y_block).add_(bias_block).relu_())
+        ctx.save_for_backward(z)
+        ctx.matrix, ctx.shape = alignment.by_column, y.shape
+        return z
 
     @staticmethod
     def backward(ctx, grad):
-        return _sparse_product(ctx.transpose, grad), None
+        z, = ctx.saved_tensors
+        grad_y, grad_bias = grad.new_empty(ctx.shape), grad.new_zeros(grad.shape[2])
+        for grad_block, z_block, y_block, bias_block in _SparseLayer._blocks(grad, z, grad_y, grad_bias):
+            grad_block = grad_block * (z_block > 0)
+            bias_block += grad_block.sum(dim=0)
+            y_block.copy_(_SparseLayer._product(ctx.matrix, grad_block))
+        return grad_y, grad_bias, None
 
 
 class _Transpose(torch.autograd.Function):
-    """A matrix transposed in memory, and its gradient too: many times faster than handing the gradient on as a view."""
+    """A matrix transposed in memory, and its gradient too: seven times faster than a gradient handed on as a view."""
     @staticmethod
     def forward(ctx, x):
         return x.t().contiguous()
@@ -222,15 +242,17 @@ def convolve_bins(weight, features, bins):
     Returns (B, L * sum(bins), H).
     """
     H, C = len(weight), features[0].shape[2]
-    weight = _Transpose.apply(weight).view(C, -1, H).split(bins, dim=1)
-    return torch.cat([(x @ part.flatten(1)).unflatten(2, (-1, H)) for x, part in zip(features, weight)], dim=2).flatten(1, 2)
+    parts = _Transpose.apply(weight).view(C, -1, H).split(bins, dim=1)                           # (C, bins, H) each
+    y = [(x @ part.flatten(1)).unflatten(2, (-1, H)) for x, part in zip(features, parts)]
+    return torch.cat(y, dim=2).flatten(1, 2)
 
 
-def align(y, alignment):
-    """(B, columns, H) -> (B, A + 1, H)"""
+def align(y, bias, alignment):
+    """ReLU(alignment @ y + bias): (B, columns, H), (H,) -> (B, A + 1, H)"""
     if alignment.dense is not None:
-        return alignment.dense @ y
-    return _SparseProduct.apply(y.to(_full(y.dtype)), alignment)
+        return (alignment.dense @ y).add_(bias).relu_()
+    dtype = _full(y.dtype)
+    return _SparseLayer.apply(y.to(dtype), bias.to(dtype), alignment)
 
 
 def fill(z, alignment, cells):
@@ -245,8 +267,8 @@ class GTAD(nn.Module):
 
     in_channels: C of the features. hidden: channels of the graph blocks, gcn_width their inner width. inner_bins,
     context_bins: of the alignments of a snippet sequence and of its neighbour means. map_hidden: the two widths of the
-    localization module, kernel: of its two last-but-one convolutions. durations: D, None for D = L of the input at hand.
-    The defaults are the ActivityNet release; THUMOS is inner_bins=16, context_bins=16, kernel=3, durations=64.
+    localization module, kernel: of its two last-but-one convolutions. durations: D, None for D = L of the input at
+    hand. The defaults are the ActivityNet release; THUMOS is inner_bins=16, context_bins=16, kernel=3, durations=64.
     """
 
     def __init__(self, *, in_channels, hidden=256, gcn_width=128, gcn_groups=32, stem_groups=4, neighbours=3,
@@ -258,7 +280,8 @@ class GTAD(nn.Module):
         def block():
             return GCNeXt(hidden, width=gcn_width, groups=gcn_groups, neighbours=neighbours)
 
-        self.backbone1 = nn.Sequential(nn.Conv1d(in_channels, hidden, 3, padding=1, groups=stem_groups), nn.ReLU(), block())
+        stem = nn.Conv1d(in_channels, hidden, 3, padding=1, groups=stem_groups)
+        self.backbone1 = nn.Sequential(stem, nn.ReLU(), block())
         self.backbone2 = nn.Sequential(block())
         self.regu_s = nn.Sequential(block(), nn.Conv1d(hidden, 1, 1), nn.Sigmoid())
         self.regu_e = nn.Sequential(block(), nn.Conv1d(hidden, 1, 1), nn.Sigmoid())
@@ -273,11 +296,12 @@ class GTAD(nn.Module):
         """x (B, C, L), any L -> start (B, L), end (B, L), map (B, 2, D, L), in [0, 1] and at least float32."""
         C = self.backbone1[0].in_channels
         if x.dim() != 3 or x.shape[1] != C:
-            raise ValueError(f"GTAD got features of shape {tuple(x.shape)}, expected (B, {C}, L): channels before snippets")
+            raise ValueError(f"GTAD got features of shape {tuple(x.shape)}, expected (B, {C}, L), "
+                             "channels before snippets")
         stem, _, block = self.backbone1
-        base = block(stem(x).relu().transpose(1, 2).contiguous())                                           # (B, L, hidden)
+        base = block(stem(x).relu().transpose(1, 2).contiguous())                                       # (B, L, hidden)
         graph = neighbour_graph(base, self.neighbours)          # of one input: three blocks share it
-        start, end = (_score(branch[1], branch[0](base, graph)).squeeze(2) for branch in (self.regu_s, self.regu_e))
+        start, end = (confidence(branch[1], branch[0](base, graph)).squeeze(2) for branch in (self.regu_s, self.regu_e))
         return start, end, self._map(self.backbone2[0](base, graph))
 
     def _map(self, x):
@@ -287,23 +311,24 @@ class GTAD(nn.Module):
         graph = neighbour_graph(x, self.neighbours)
         context = graph.mean(dim=1).to(x.dtype) @ x
         first, _, second, _, third, _, fourth, _, last, _ = self.localization
-        y = convolve_bins(first.weight.flatten(1), (x, context), self.bins)                                 # (B, L * bins, wide)
+        y = convolve_bins(first.weight.flatten(1), (x, context), self.bins)                        # (B, L * bins, wide)
         alignment = sgalignment(L, D, self.bins, y.device, y.dtype)
-        z = align(y, alignment).add_(first.bias).relu_()                                                    # (B, A + 1, wide)
-        z = _pointwise(second, z).relu_()
+        z = align(y, first.bias, alignment)                                                           # (B, A + 1, wide)
+        z = pointwise(second, z).relu_()
         if third.kernel_size[0] == 1:
-            z = _pointwise(fourth, _pointwise(third, z).relu_()).relu_()
-            z = fill(_score(last, z), alignment, D * L)
+            z = pointwise(fourth, pointwise(third, z).relu_()).relu_()
+            z = fill(confidence(last, z), alignment, D * L)
         else:
-            z = fill(z, alignment, D * L).unflatten(1, (D, L)).permute(0, 3, 1, 2)                          # channels last
-            z = _score(last, fourth(third(z).relu_()).relu_().permute(0, 2, 3, 1).flatten(1, 2))
+            z = fill(z, alignment, D * L).unflatten(1, (D, L)).permute(0, 3, 1, 2)                       # channels last
+            z = confidence(last, fourth(third(z).relu_()).relu_().permute(0, 2, 3, 1).flatten(1, 2))
         return z.transpose(1, 2).unflatten(2, (D, L)).contiguous()
 
 
-def _score(conv, x):
-    """Sigmoid of a last 1x1, both in full precision: logits rounded to bfloat16 would tie many proposals."""
+def confidence(conv, x):
+    """Sigmoid of a last 1x1 on rows, both in full precision: logits rounded to bfloat16 would tie many proposals."""
+    dtype = _full(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return torch.sigmoid(_pointwise(conv, x.to(conv.weight.dtype)))
+        return torch.sigmoid(F.linear(x.to(dtype), conv.weight.flatten(1).to(dtype), conv.bias.to(dtype)))
 
 
 def official_state(state_dict, expected):
@@ -311,16 +336,17 @@ def official_state(state_dict, expected):
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or unexpected:
-        raise ValueError(f"state dict does not fit the release's head: missing keys {missing}, unexpected keys {unexpected}; "
-                         "of a whole checkpoint, pass the part called state_dict")
+        raise ValueError(f"state dict does not fit the release's head: missing keys {missing}, unexpected keys "
+                         f"{unexpected}; of a whole checkpoint, pass the part called state_dict")
     return state
 
 
 def load_official(state_dict, *, inner_bins=32, durations=None, stem_groups=4, neighbours=3):
     """A GTAD with the weights of an official checkpoint's state dict; sizes are read off the tensors.
 
-    What their shapes cannot tell is given: inner_bins (the others are context bins), durations (None: D = L), groups of the
-    first convolution and neighbours; by default those of the ActivityNet release. ValueError lists keys that do not fit.
+    What their shapes cannot tell is given: inner_bins (the others are context bins), durations (None: D = L), groups of
+    the first convolution and neighbours; by default those of the ActivityNet release. ValueError lists keys that do not
+    fit.
     """
     small = GTAD(in_channels=4, hidden=4, gcn_width=4, gcn_groups=4, inner_bins=1, context_bins=1, map_hidden=(1, 1))
     state = official_state(state_dict, small.state_dict())
@@ -332,8 +358,9 @@ def load_official(state_dict, *, inner_bins=32, durations=None, stem_groups=4, n
                          f"inner_bins={inner_bins}: pass the release's inner_bins")
     head = GTAD(in_channels=stem.shape[1] * stem_groups, hidden=hidden, gcn_width=len(graph),
                 gcn_groups=len(graph) // graph.shape[1], stem_groups=stem_groups, neighbours=neighbours,
-                inner_bins=inner_bins, context_bins=context_bins, map_hidden=(wide, len(state["localization.2.weight"])),
-                kernel=state["localization.4.weight"].shape[-1], durations=durations)
+                inner_bins=inner_bins, context_bins=context_bins, durations=durations,
+                map_hidden=(wide, len(state["localization.2.weight"])),
+                kernel=state["localization.4.weight"].shape[-1])
     head.load_state_dict(state)
     return head
 
@@ -350,13 +377,13 @@ class Targets(NamedTuple):
 def make_targets(segments, L, D=None, device=None):
     """Annotated segments -> Targets on L snippets and D durations (default L).
 
-    segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside [0, 1] are clipped; N_i may
-    be 0. Float32, or float64 where the segments are.
+    segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside [0, 1] are clipped; N_i
+    may be 0. Float32, or float64 where the segments are.
     """
     D = L if D is None else D
     for segment in segments:
         if segment.dim() != 2 or segment.shape[1] != 2 or not (segment[:, 0] <= segment[:, 1]).all():
-            raise ValueError(f"make_targets got segments {segment.tolist()}, expected rows of start <= end, shape (N, 2)")
+            raise ValueError(f"make_targets got segments {segment.tolist()}, expected (N, 2) with start <= end")
     # Padding far outside the video overlaps nothing.
     padded = nn.utils.rnn.pad_sequence([segment.clamp(0, 1) for segment in segments], True, padding_value=-10.0)
     padded = padded.to(device, _full(padded.dtype))
@@ -364,14 +391,14 @@ def make_targets(segments, L, D=None, device=None):
     s, d, valid = anchor_grid(L, D, padded.device)
     low, high = s.to(padded.dtype) / L, (s + d + 1).to(padded.dtype) / L
     iou = padded.new_zeros(len(padded), D, L)
-    for b, f in zip(begin.t()[..., None, None], finish.t()[..., None, None]):       # (B, 1, 1); N is small, D * L is not
+    for b, f in zip(begin.t()[..., None, None], finish.t()[..., None, None]):   # (B, 1, 1); N is small, D * L is not
         overlap = (torch.minimum(high, f) - torch.maximum(low, b)).clamp_min(0)
         iou = torch.maximum(iou, overlap / ((high - low) + (f - b) - overlap))
 
     i = torch.arange(L, device=padded.device)
 
     def near(boundary):
-        """Share of each snippet's bin [(i - 0.5)/L, (i + 1.5)/L] within 1.5 snippets of a boundary, the best boundary's."""
+        """Share of each snippet's bin [(i - 0.5)/L, (i + 1.5)/L] within 1.5 snippets of the best boundary, (B, L)."""
         position = boundary.unsqueeze(2) * L                                                                # (B, N, 1)
         overlap = torch.minimum(position + 1.5, i + 1.5) - torch.maximum(position - 1.5, i - 0.5)
         return (overlap.clamp_min(0) / 2).amax(dim=1) if boundary.shape[1] else iou.new_zeros(len(iou), L)
@@ -394,12 +421,12 @@ def loss_weights(targets, *, generator=None, shard=(0, 1), reduce=None):
 
     Start, end (positive above 0.5) and classification (above 0.9, valid cells): N / (2 N_pos) for positives and
     N / (2 N_neg) for negatives, divided by N. A class without cells has no weight, the other keeps its half.
-    Regression: all cells above 0.7 and, as many of each to be expected, a random subset of those in (0.3, 0.7] and in (0, 0.3];
-    0.5 / number kept. Without a cell above 0.7 nothing is kept and the term is 0.
+    Regression: all cells above 0.7 and, as many of each to be expected, a random subset of those in (0.3, 0.7] and in
+    (0, 0.3]; 0.5 / number kept. Without a cell above 0.7 nothing is kept and the term is 0.
 
-    Several ranks, each with B videos: `shard` = (rank, ranks) with generators of equal state draws for the ranks * B videos
-    of the global batch and keeps this rank's rows; `reduce` averages a small tensor over the ranks (e.g. all-reduce,
-    divided by the ranks). Gradients averaged over ranks are then those of the global batch on one rank.
+    Several ranks, each with B videos: `shard` = (rank, ranks) with generators of equal state draws for the ranks * B
+    videos of the global batch and keeps this rank's rows; `reduce` averages a small tensor over the ranks (a sum by
+    all_reduce, divided by the ranks). Gradients averaged over ranks are then those of the global batch on one rank.
     """
     rank, ranks = shard
     if not 0 <= rank < ranks:
@@ -440,7 +467,8 @@ def losses(start, end, map, targets, weights):
     """
     start, end, map = (output.to(_full(output.dtype)) for output in (start, end, map))
     return {
-        "node": cross_entropy(start, targets.start > 0.5, weights.start) + cross_entropy(end, targets.end > 0.5, weights.end),
+        "node": (cross_entropy(start, targets.start > 0.5, weights.start)
+                 + cross_entropy(end, targets.end > 0.5, weights.end)),
         "regression": (weights.regression * (map[:, 0] - targets.iou).square()).sum(),
         "classification": cross_entropy(map[:, 1], targets.iou > 0.9, weights.classification)}
 
@@ -451,13 +479,13 @@ def losses(start, end, map, targets, weights):
 def decode(start, end, map, *, boundary_scores=False):
     """Outputs of the head -> segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K); by score, best first.
 
-    A start s in 0 .. L - 1 is kept if its score is a local peak or above half the video's best; s = 0 always. An end e in
-    1 .. L likewise; the last two always. Each kept pair with e > s is a proposal [s/L, e/L]; its score is
-    map[1] * map[0] at cell (e - s - 1, s), with `boundary_scores` (BMN) times start[s] * end[e].
-    K is that of the video with most proposals; the others are padded with score 0 and valid False.
+    A start s in 0 .. L - 1 is kept if its score is a local peak or above half the video's best; s = 0 always. An end e
+    in 1 .. L likewise; the last two always. Each kept pair with e > s is a proposal [s/L, e/L]; its score is
+    map[1] * map[0] at cell (e - s - 1, s), with `boundary_scores` (BMN) times start[s] * end[e]. K is that of the video
+    with most proposals; the others are padded with score 0 and valid False.
 
-    Boundary e lies between snippets e - 1 and e, and the release reads its score from snippet e. At e = L there is none: the
-    target of a segment that ends with the video is 1 at snippet L - 1, whose score stands for boundary L too.
+    Boundary e lies between snippets e - 1 and e, and the release reads its score from snippet e. At e = L there is
+    none: the target of a segment that ends with the video is 1 at snippet L - 1, whose score stands for boundary L too.
     """
     start, end, map = (output.to(_full(output.dtype)) for output in (start, end, map))
     B, _, D, L = map.shape

@@ -126,8 +126,8 @@ class Sprite:
             view += alpha * (np.where(tone, self.tones[0], self.tones[1]) - view)
 
 
-def _background(rng, n, size):
-    """Slowly moving, low-contrast sinusoids, (n, size, size, 3) in [0, 1]."""
+def _background(rng, n, size, hue=None):
+    """Slowly moving, low-contrast sinusoids, (n, size, size, 3) in [0, 1], tinted at random or with a hue."""
     g = np.linspace(-1, 1, size, dtype=np.float32)
     gy, gx = np.meshgrid(g, g, indexing="ij")
     t = np.arange(n, dtype=np.float32)[:, None, None]
@@ -135,7 +135,10 @@ def _background(rng, n, size):
     for _ in range(2):
         fx, fy = rng.uniform(-6, 6, 2)
         grey += 0.05 * np.sin(fx * gx + fy * gy + rng.uniform(-0.15, 0.15) * t + rng.uniform(0, 6)).astype(np.float32)
-    return grey[..., None] + rng.uniform(0.35, 0.6, 3).astype(np.float32)
+    tint = rng.uniform(0.35, 0.6, 3)
+    if hue is not None:
+        tint = np.array(colorsys.hsv_to_rgb((hue + rng.uniform(-0.04, 0.04)) % 1, rng.uniform(0.25, 0.4), rng.uniform(0.5, 0.62)))
+    return grey[..., None] + tint.astype(np.float32)
 
 
 def _finish(rng, frames):
@@ -163,21 +166,26 @@ def plan_segments(rng, snippets):
             return np.stack([starts, starts + lengths], 1)
 
 
-def render_video(rng, label, n, snippets, size, competitors=2, amplitude=(0.25, 0.33)):
-    """One untrimmed video: frames (n, 3, size, size) uint8 and its segments in frames, (N, 2) int."""
+def render_video(rng, label, n, snippets, size, competitors=2, busy=(0.15, 0.5), near=0.5, scene=0.7,
+                 amplitude=(0.25, 0.33)):
+    """One untrimmed video: frames (n, 3, size, size) uint8 and its segments in frames, (N, 2) int.
+
+    competitors: sprites of other hues, which act for a part `busy` of the video; near: amplitude of near-action, of the action's.
+    scene: part of the videos whose background has the tint of their class, as a pool tells swimming, though not when.
+    """
     motion, per_snippet = TARGET_MOTIONS[label], n // snippets
     segments = np.round(plan_segments(rng, snippets) * n).astype(int)
-    busy = np.zeros(n, bool)
+    taken = np.zeros(n, bool)
     spans = []
     for s, e in segments:
         before, after = rng.integers(1, 5, 2) * per_snippet
-        spans += [(s, e, 1.0), (max(s - before, 0), s, 0.5), (e, min(e + after, n), 0.5)]
-        busy[max(s - 5 * per_snippet, 0):e + 5 * per_snippet] = True
-    for _ in range(rng.integers(1, 3)):  # the same motion at half amplitude, away from any segment
+        spans += [(s, e, 1.0), (max(s - before, 0), s, near), (e, min(e + after, n), near)]
+        taken[max(s - 5 * per_snippet, 0):e + 5 * per_snippet] = True
+    for _ in range(rng.integers(1, 3)):  # near-action away from any segment
         length = rng.integers(2, 5) * per_snippet
         first = rng.integers(0, n - length)
-        if not busy[first:first + length].any():
-            spans.append((first, first + length, 0.5))
+        if not taken[first:first + length].any():
+            spans.append((first, first + length, near))
     own = np.zeros(n)  # overlapping near-action spans of two neighbouring segments: the stronger wins, once
     for s, e, f in spans:
         own[s:e] = np.maximum(own[s:e], f)
@@ -185,12 +193,12 @@ def render_video(rng, label, n, snippets, size, competitors=2, amplitude=(0.25, 
     main = Sprite(rng, REDS)
     pose = main.idle(n)
     _act(rng, pose, motion, [(a, b, own[a]) for a, b in zip(edges[:-1], edges[1:]) if own[a]], rng.uniform(*amplitude))
-    frames = _background(rng, n, size)
+    frames = _background(rng, n, size, list(TARGET_MOTIONS).index(label) / len(TARGET_MOTIONS) if rng.random() < scene else None)
     for _ in range(competitors):
         other = Sprite(rng, OTHERS, spread=0.7)
         other_pose = other.idle(n)
         if rng.random() < 0.9:
-            length = int(rng.uniform(0.15, 0.5) * n)
+            length = int(rng.uniform(*busy) * n)
             first = rng.integers(0, n - length)
             _act(rng, other_pose, motion, [(first, first + length, 1.0)], rng.uniform(*amplitude))
         other.draw(frames, other_pose)
@@ -227,13 +235,13 @@ def write_zip(path, frames, fps):
             z.writestr(zipfile.ZipInfo(f"{i:06d}.jpg"), JpegEncoder(frame).to_tensor(quality=92).numpy().tobytes())
 
 
-def _make(job, folder, seed, size, snippets, frames_per_snippet, clip_frames, competitors, amplitude):
+def _make(job, folder, seed, size, snippets, frames_per_snippet, clip_frames, **knobs):
     """Writes one video, clip or still; returns its annotation if it is a video. Its random stream hangs on its kind and number only."""
     kind, number, subset, label = job
     rng = np.random.default_rng([seed, "vcs".index(kind[0]), number])
     if kind == "video":
         n, name = snippets * frames_per_snippet, f"toy_{number:05d}"
-        frames, segments = render_video(rng, label, n, snippets, size, competitors, amplitude)
+        frames, segments = render_video(rng, label, n, snippets, size, **knobs)
         write_zip(f"{folder}/frames/{name}.zip", frames, FPS)
         return name, {"subset": subset, "duration": n / FPS, "annotations": [
             {"segment": [int(s) / FPS, int(e) / FPS], "label": label} for s, e in segments]}
@@ -246,13 +254,15 @@ def _make(job, folder, seed, size, snippets, frames_per_snippet, clip_frames, co
 
 
 def make_toy(out, *, seed=0, train=240, val=160, clips=3000, stills=1500, size=46, snippets=32, frames_per_snippet=4,
-             clip_frames=8, competitors=2, amplitude=(0.25, 0.33), workers=None):
+             clip_frames=8, competitors=2, busy=(0.15, 0.5), near=0.5, scene=0.7,
+             amplitude=(0.25, 0.33), workers=None):
     """Writes the data set to folder `out`, whole or not at all. Returns False if the same one is already there.
 
     Raises ValueError if `out` holds something else: nothing is ever written over. Also if the sizes are too small to hold what they describe.
     """
     arguments = dict(seed=seed, train=train, val=val, clips=clips, stills=stills, size=size, snippets=snippets,
-                     frames_per_snippet=frames_per_snippet, clip_frames=clip_frames, competitors=competitors, amplitude=list(amplitude))
+                     frames_per_snippet=frames_per_snippet, clip_frames=clip_frames, competitors=competitors, busy=list(busy), near=near,
+                     scene=scene, amplitude=list(amplitude))
     if snippets < 16 or frames_per_snippet < 1 or size < 16 or min(train, val, clips, stills) < 1:
         raise ValueError(f"{arguments}: expected at least 16 snippets (three segments, 3 snippets apart, must fit), 16 pixels and one of each kind")
     out = out.rstrip("/")
@@ -271,7 +281,7 @@ def make_toy(out, *, seed=0, train=240, val=160, clips=3000, stills=1500, size=4
     try:
         os.makedirs(f"{part}/frames")
         make = partial(_make, folder=part, seed=seed, size=size, snippets=snippets, frames_per_snippet=frames_per_snippet,
-                       clip_frames=clip_frames, competitors=competitors, amplitude=tuple(amplitude))
+                       clip_frames=clip_frames, competitors=competitors, busy=tuple(busy), near=near, scene=scene, amplitude=tuple(amplitude))
         with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count(), torch.set_num_threads, (1,)) as pool:
             made = tqdm(pool.imap(make, jobs, chunksize=8), f"toy data in {out}", len(jobs), unit="file", smoothing=0, file=sys.stderr)
             database = dict(x for x in made if x)
@@ -291,6 +301,9 @@ def main():
     for name, default in dict(seed=0, train=240, val=160, clips=3000, stills=1500, size=46, snippets=32, frames_per_snippet=4,
                               clip_frames=8, competitors=2).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--busy", type=float, nargs=2, default=(0.15, 0.5), help="part of the video in which a competitor acts")
+    parser.add_argument("--near", type=float, default=0.5, help="amplitude of near-action, of the action's")
+    parser.add_argument("--scene", type=float, default=0.7, help="part of the videos whose background tells the class")
     parser.add_argument("--amplitude", type=float, nargs=2, default=(0.25, 0.33), help="range of the actions' amplitude")
     parser.add_argument("--workers", type=int, default=None, help="processes (all cores)")
     args = vars(parser.parse_args())

@@ -55,11 +55,25 @@ def temporal_shift(x, frames, div=8):
     return _Shift.apply(x, frames, x.shape[1] // div)
 
 
+def shifted_conv(conv, x, frames, div):
+    """conv(temporal_shift(x)), which holds x for the backward pass, not a second, shifted copy: x is the output of a ReLU and held
+    by it anyway. The weight's gradient then shifts once more."""
+    if not div:
+        return conv(x)
+    shifted = temporal_shift(x, frames, div)
+    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+        return conv(shifted)
+    address = shifted.data_ptr()
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (x.detach(),) if t.data_ptr() == address else t,
+            lambda t: temporal_shift(t[0], frames, div) if isinstance(t, tuple) else t):
+        return conv(shifted)
+
+
 def shifted_block(block, x, frames, div):
     """A torchvision BasicBlock or Bottleneck with the residual shift: what enters its first conv is shifted, the identity is not."""
     identity = x if block.downsample is None else block.downsample(x)
-    x = temporal_shift(x, frames, div) if div else x
-    x = block.relu(block.bn1(block.conv1(x)))
+    x = block.relu(block.bn1(shifted_conv(block.conv1, x, frames, div)))
     x = block.bn2(block.conv2(x))
     if isinstance(block, Bottleneck):
         x = block.bn3(block.conv3(block.relu(x)))

@@ -1,9 +1,8 @@
 """The G-TAD head computed as its equations read, with the whole (C * bins, D, L) map of sub-graph features in memory.
 
-The yardstick for gtad.py, in speed and in exactness: written apart from it, on the modules of a `gtad.GTAD`, so that both
-have the same weights. Edges are concatenated before their convolution, all D * L cells are computed, and each sub-graph
-is sampled before the localization module runs. The sampling is one matrix product with the interpolation weights, the fastest
-of the plain ways to write such a map out on CPU.
+The yardstick for gtad.py, in speed and in exactness: written apart from it, on the modules of a `gtad.GTAD`, so that
+both have the same weights. Edges are concatenated before their convolution, all D * L cells are computed, and each
+sub-graph is sampled before the localization module runs. Sampling is one matrix product with the interpolation weights.
 """
 import functools
 
@@ -26,7 +25,7 @@ def neighbours(x, k):
 
 def gcnext(block, x):
     near = neighbours(x, block.neighbours)
-    edges = torch.cat([near, x.unsqueeze(3).expand_as(near)], dim=1)                                        # (B, 2C, L, k)
+    edges = torch.cat([near, x.unsqueeze(3).expand_as(near)], dim=1)                                     # (B, 2C, L, k)
     return torch.relu(block.tconvs(x) + x + block.sconvs(edges).max(dim=3).values)
 
 
@@ -41,7 +40,7 @@ def sampling(L, D, bins, device, dtype):
     b, l = torch.arange(bins).double().unsqueeze(1), torch.arange(L).double()
     weight = torch.zeros(bins, D * L, L, dtype=torch.float64)
     for i in range(int(points.max())):
-        position = start + region / bins * (b + (i + 0.5) / points)                                         # (bins, D * L)
+        position = start + region / bins * (b + (i + 0.5) / points)                                      # (bins, D * L)
         counts = (i < points) & (position >= -1) & (position <= L)
         position = position.clamp(0, L - 1).unsqueeze(2)
         weight += (1 - (position - l).abs()).clamp_min(0) * (counts / points).unsqueeze(2)
@@ -58,5 +57,5 @@ def materialised(head, x):
     D = head.durations or L
     context = neighbours(x, head.neighbours).mean(dim=3)
     subgraphs = torch.cat([(features @ sampling(L, D, bins, x.device, x.dtype)).view(B, C, bins, D, L)
-                           for features, bins in zip((x, context), head.bins)], dim=2)                      # (B, C, bins, D, L)
+                           for features, bins in zip((x, context), head.bins)], dim=2)              # (B, C, bins, D, L)
     return start, end, head.localization(subgraphs.flatten(1, 2))
