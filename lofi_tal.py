@@ -22,13 +22,12 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 import config
 import data
 import engine
 import evaluate
-import gtad
+from localizer import HEADS, Localizer, train_step
 from pretrain import clips_of, train_classifier
 from tsm import TSM, load_weights
 
@@ -39,7 +38,7 @@ PHASES = {"none": [], "icp": ["icp"], "acp": ["acp"], "acp_plus": ["acp", "acp_p
 def check(cfg, files=True):
     """Fails before any work is done, with the key to change; `files` looks whether there is anything to work on, too."""
     for key, value, known in [("stages", s, STAGES) for s in cfg.stages] + [("pretrain.method", cfg.pretrain.method, PHASES),
-                             ("lofi.batchnorm", cfg.lofi.batchnorm, ("frozen", "train")), ("lofi.order", cfg.lofi.order, ("long", "short"))]:
+                             ("lofi.batchnorm", cfg.lofi.batchnorm, ("frozen", "train")), ("tal_head", cfg.tal_head, HEADS), ("lofi.order", cfg.lofi.order, ("long", "short"))]:
         if value not in known:
             raise ValueError(f"config key {key} has {value!r}, expected {', '.join(known)}")
     low_fidelity_cycle(cfg)
@@ -49,50 +48,20 @@ def check(cfg, files=True):
         raise FileNotFoundError(f"no encoder checkpoint {cfg.pretrain.checkpoint} (pretrain.checkpoint): name one, or null to train it here")
 
 
-# ---------------------------------------------------------------- models
-
-class Localizer(nn.Module):
-    """What one step of stage lofi or head runs, behind one forward for DDP: (encoder) -> (standardize) -> head (, video classifier)."""
-
-    def __init__(self, head, *, encoder=None, channels=None, classes=0):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-        if classes:
-            self.classifier = nn.Linear(channels, classes)
-            for name, value in (("mean", 0.0), ("std", 1.0), ("video_std", 1.0)):  # of features over snippets, and of their mean over videos
-                self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x):
-        """frames or features (B, C, L) -> start (B, L), end (B, L), map (B, 2, D, L), class logits (B, n) or None."""
-        if self.encoder is not None:
-            return *self.head(self.encoder(x)), None
-        x = x - self.mean[:, None]
-        return *self.head(x / self.std[:, None]), self.classifier(x.mean(2) / self.video_std)
-
-
 def build_encoder(cfg, path=None, **options):
     encoder = TSM(**cfg.encoder, **options)
     return load_weights(encoder, path) if path else encoder
 
 
-def localization_step(net, batch, epoch, i, *, inputs, cfg, process, name):
-    """Forward and backward of one batch; targets at the batch's own temporal resolution. Total loss as in G-TAD's release."""
-    with engine.autocast(process.device):
-        start, end, map, logits = net(batch[inputs])
-    targets = gtad.make_targets(batch["segments"], start.shape[1], map.shape[2], process.device)
-    generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, name, epoch, i))
-    weights = gtad.loss_weights(targets, generator=generator, shard=(process.rank, process.world), reduce=engine.mean_over_ranks)
-    terms = gtad.losses(start, end, map, targets, weights)
-    loss = sum(cfg.loss[k] * v for k, v in terms.items())
-    if logits is not None:
-        terms["class"] = -(batch["target"] * logits.float().log_softmax(1)).sum(1).mean()
-        loss = loss + terms["class"]
-    loss.backward()
-    return {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}
+def build_localizer(cfg, **options):
+    return Localizer(cfg.tal_head, cfg[cfg.tal_head], **options)
 
 
-def fit(model, inputs, dataset, fidelities, options, cfg, process, name, **cycle):
-    step = partial(localization_step, inputs=inputs, cfg=cfg, process=process, name=name)
+def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
+    def step(net, batch, epoch, i):
+        generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, name, epoch, i))  # the same on every rank
+        return train_step(net, batch, loss=cfg.loss, generator=generator, shard=(process.rank, process.world),
+                          reduce=engine.mean_over_ranks, autocast=engine.autocast(process.device))
     sampler = data.CyclicFidelitySampler(len(dataset), options.batch_size, fidelities, seed=data.seed_of(cfg.seed, name),
                                          rank=process.rank, world=process.world, **cycle)
     return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=f"{cfg.out}/{name}", process=process,
@@ -161,14 +130,14 @@ def low_fidelity_cycle(cfg):
 def end_to_end(cfg, path, device):
     torch.manual_seed(data.seed_of(cfg.seed, "lofi"))
     encoder = build_encoder(cfg, path, frozen_bn=cfg.lofi.batchnorm == "frozen")
-    return Localizer(gtad.GTAD(in_channels=encoder.channels, **cfg.gtad), encoder=encoder).to(device)
+    return build_localizer(cfg, channels=encoder.channels, encoder=encoder).to(device)
 
 
 def lofi(cfg, process):
     """Section 3.2: encoder and head together at low fidelity. The head only serves to train the encoder, and is thrown away."""
     path = encoder_path(cfg, "lofi")
     model, dataset = end_to_end(cfg, path, process.device), video_dataset(cfg, process, "train", train=True)
-    seconds = fit(model, "frames", dataset, low_fidelity_cycle(cfg), cfg.lofi, cfg, process, "lofi", cycle=cfg.lofi.order, period=cfg.lofi.period)
+    seconds = fit(model, dataset, low_fidelity_cycle(cfg), cfg.lofi, cfg, process, "lofi", cycle=cfg.lofi.order, period=cfg.lofi.period)
     save_encoder(cfg, process, model.encoder, "lofi", seconds + seconds_of(path))
 
 
@@ -205,10 +174,10 @@ def head(cfg, process):
     """A fresh head at full fidelity on frozen features (section 3.1, stage 3), and beside it a linear classifier of the mean feature."""
     dataset = feature_dataset(cfg, process, "train")
     torch.manual_seed(data.seed_of(cfg.seed, "head"))
-    model = Localizer(gtad.GTAD(in_channels=dataset.channels, **cfg.gtad), channels=dataset.channels, classes=len(dataset.classes))
+    model = build_localizer(cfg, channels=dataset.channels, classes=len(dataset.classes))
     if cfg.head.standardize:
         model.mean[:], model.std[:], model.video_std[:] = dataset.statistics()
-    seconds = fit(model.to(process.device), "features", dataset, [full_fidelity(cfg)], cfg.head, cfg, process, "head")
+    seconds = fit(model.to(process.device), dataset, [full_fidelity(cfg)], cfg.head, cfg, process, "head")
     if process.is_main:
         state = {k: v.cpu() for k, v in model.state_dict().items()}
         engine.write_aside(f"{cfg.out}/head/head.pt", lambda f: torch.save({"model": state, "classes": dataset.classes, "seconds": seconds}, f))
@@ -219,14 +188,14 @@ def detect(cfg, process):
     started = time.monotonic()
     saved = torch.load(f"{cfg.out}/head/head.pt", map_location="cpu", weights_only=True)
     dataset = feature_dataset(cfg, process, "val", saved["classes"])
-    model = Localizer(gtad.GTAD(in_channels=dataset.channels, **cfg.gtad), channels=dataset.channels, classes=len(dataset.classes))
+    model = build_localizer(cfg, channels=dataset.channels, classes=len(dataset.classes))
     model.load_state_dict(saved["model"])
     model.to(process.device).eval()
     duration, results = {v.name: v.duration for v in dataset.videos}, {}
     for batch in engine.batches(dataset, full_fidelity(cfg), 32, data.collate, name="detect", process=process):
         with torch.no_grad():
             start, end, map, logits = model(batch["features"])
-        proposals = evaluate.soft_nms(*gtad.decode(start, end, map), sigma=cfg.detect.sigma, top_k=cfg.detect.top_k)
+        proposals = evaluate.soft_nms(*model.proposals(start, end, map), sigma=cfg.detect.sigma, top_k=cfg.detect.top_k)
         results.update(evaluate.fuse_classes(*proposals, batch["name"], [duration[n] for n in batch["name"]], logits.softmax(1),
                                              dataset.classes, top_k=cfg.detect.classes_per_video))
     results = {k: v for part in engine.gather(results, process) for k, v in part.items()}
@@ -252,12 +221,13 @@ def dry_run(cfg, process):
     model = end_to_end(cfg, None, process.device)
     model.train()
     count = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in (("encoder", model.encoder), ("head", model.head))}
-    process.say(f"encoder {count['encoder']:.2f} M parameters, {model.encoder.channels} channels; G-TAD head {count['head']:.2f} M")
+    process.say(f"encoder {count['encoder']:.2f} M parameters, {model.encoder.channels} channels; {cfg.tal_head} head {count['head']:.2f} M")
     optimizer = engine.make_optimizer(model.parameters(), **{k: cfg.lofi[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
     for f in low_fidelity_cycle(cfg):
         frames = torch.randint(0, 256, (1, f.snippets, cfg.data.frames_per_snippet, 3, f.size, f.size), dtype=torch.uint8, device=process.device)
         started = time.monotonic()
-        terms = localization_step(model, {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])]}, 0, 0, inputs="frames", cfg=cfg, process=process, name="dry")
+        terms = train_step(model, {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])]}, loss=cfg.loss, generator=None, shard=(0, 1),
+                           reduce=None, autocast=engine.autocast(process.device))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         process.say(f"{f.name}: frames {tuple(frames.shape)} -> features (1, {model.encoder.channels}, {f.snippets}), loss {terms['loss']:.2f}, "

@@ -54,13 +54,14 @@ def test_every_key_is_read_by_something():
     """Each leaf of the default config is named in the code: as .key, ["key"] or "key", or passed whole as a block of named arguments."""
     import inspect
 
+    import bmn
     import gtad
     import tsm
     code = "".join(open(f).read() for f in ("lofi_tal.py", "engine.py", "pretrain.py", "config.py"))
-    arguments = set(inspect.signature(gtad.GTAD).parameters) | set(inspect.signature(tsm.TSM).parameters)
+    arguments = set(inspect.signature(gtad.GTAD).parameters) | set(inspect.signature(bmn.BMN).parameters) | set(inspect.signature(tsm.TSM).parameters)
     for key in config.flat(config.read_yaml("configs/default.yaml")):
         leaf = key.rsplit(".", 1)[-1]
-        if key.split(".")[0] in ("gtad", "encoder"):
+        if key.split(".")[0] in ("gtad", "bmn", "encoder"):
             assert leaf in arguments, key
         elif key.split(".")[0] != "loss":  # read by the names of the head's loss terms
             assert f".{leaf}" in code or f'"{leaf}"' in code or leaf in ("train_subset", "val_subset"), key

@@ -111,6 +111,13 @@ def test_acp_plus_and_icp_feed_the_same_stages(whole, toy_data, tmp_path, capsys
     assert other["seconds"] > one["seconds"] > 0  # the cost of what it was made from is in it
 
 
+def test_bmn_is_one_word_away(whole, toy_data, tmp_path):
+    lofi_tal.main(arguments(toy_data, tmp_path / "bmn", "tal_head=bmn", "bmn={hidden: 16, map_hidden: [16, 8], samples: 4}", "lofi.epochs=1",
+                            f"pretrain.checkpoint={whole}/pretrain/encoder.pt"))
+    assert result_of(tmp_path / "bmn")[0]["evaluated_videos"] == 8
+    assert "head.x_3d_p.0.weight" in torch.load(tmp_path / "bmn/head/head.pt", weights_only=True)["model"]
+
+
 def fails(capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         lofi_tal.main(argv)
