@@ -59,6 +59,15 @@ def mean_over_ranks(x):
     return x
 
 
+def average_gradients(model):
+    """Averages gradients over processes, where DDP did not: as one flat tensor, so that it is one message."""
+    if dist.is_available() and dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        mean = mean_over_ranks(torch.cat([g.flatten() for g in grads]))
+        for g, m in zip(grads, mean.split([g.numel() for g in grads])):
+            g.copy_(m.view_as(g))
+
+
 def gather(x, process):
     """A list of every process' x, by rank."""
     parts = [x] * process.world
@@ -220,10 +229,11 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
                 if flags[0]:
                     where = f"{name}: loss is not finite at epoch {epoch + 1}, step {i + 1}, {sampler.fidelity(epoch, i)}"
                     raise FloatingPointError(f"{where}: {', '.join(map(str, batch['name'])) if not finite else 'on another process'}")
+                values = dict(zip(terms, flags[2:]))
                 if clip:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                    values["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
                 optimizer.step()
-                for key, value in zip(terms, flags[2:]):
+                for key, value in values.items():
                     state["sums"][key] = state["sums"].get(key, 0.0) + value
                 state["step"] = i + 1
                 if epoch == i == 0:

@@ -20,6 +20,7 @@ class Localizer(nn.Module):
     def __init__(self, name, sizes, *, channels, encoder=None, classes=0):
         super().__init__()
         self.name, self.encoder, self.head = name, encoder, HEADS[name](in_channels=channels, **sizes)
+        self.durations = sizes.get("durations")  # D; None: as many as snippets
         if classes:
             self.classifier = nn.Linear(channels, classes)
             for buffer, value in (("mean", 0.0), ("std", 1.0), ("video_std", 1.0)):
@@ -37,20 +38,55 @@ class Localizer(nn.Module):
         return gtad.decode(start, end, map, boundary_scores=self.name == "bmn")
 
 
-def train_step(net, batch, *, loss, generator, shard, reduce, autocast):
+def _whole(net, x):
+    """Forward of a batch; returns the outputs and what runs their loss backward."""
+    return net(x), torch.Tensor.backward
+
+
+def _chunked(net, frames, chunk, autocast):
+    """The same within the encoder's memory for `chunk` snippets: features chunk by chunk without gradient; the head's forward and backward; then
+    each chunk again, with its features' gradient. Exact if a snippet's features do not depend on the others', as with frozen BatchNorm."""
+    model = getattr(net, "module", net)
+    chunks = frames.split(chunk, dim=1)
+    with torch.no_grad():
+        features = torch.cat([model.encoder(c) for c in chunks], dim=2)
+    features.requires_grad_()
+
+    def backward(loss):
+        loss.backward()
+        for c, gradient in zip(chunks, features.grad.split(chunk, dim=2)):
+            with autocast():
+                again = model.encoder(c)
+            again.backward(gradient)
+    return (*model.head(features), None), backward
+
+
+def train_step(net, batch, *, loss, generator, shard, reduce, autocast=contextlib.nullcontext, accumulate=1, chunk=0):
     """Forward and backward of one batch, at its own temporal resolution; returns {term: detached scalar}, "loss" their weighted sum.
 
     net: a Localizer, or DDP around one. batch: "frames" or "features", "segments", and with a classifier "target" (B, n), class
-    distributions. loss: {term: weight}. generator, shard, reduce: see gtad.loss_weights. autocast: a context for the forward pass.
+    distributions. loss: {term: weight}. generator, shard, reduce: see gtad.loss_weights. autocast(): the context of a forward pass.
+    accumulate: micro-batches to go through one after the other. chunk: snippets to encode at once (0: all); gradients are then left
+    local, for the caller to average over ranks. Both save memory and leave the gradient as it is: the weights of all cells are those of the global batch.
     """
-    x = batch["frames"] if "frames" in batch else batch["features"]
-    with autocast:
-        start, end, map, logits = net(x)
-    targets = gtad.make_targets(batch["segments"], start.shape[1], map.shape[2], x.device)
-    terms = gtad.losses(start, end, map, targets, gtad.loss_weights(targets, generator=generator, shard=shard, reduce=reduce))
-    total = sum(loss[k] * v for k, v in terms.items())
-    if logits is not None:
-        terms["class"] = -(batch["target"] * logits.float().log_softmax(1)).sum(1).mean()
-        total = total + terms["class"]
-    total.backward()
-    return {"loss": total.detach(), **{k: v.detach() for k, v in terms.items()}}
+    inputs = batch["frames"] if "frames" in batch else batch["features"]
+    B, L = len(inputs), inputs.shape[1 if "frames" in batch else 2]
+    model = getattr(net, "module", net)
+    targets = gtad.make_targets(batch["segments"], L, model.durations or L, inputs.device)
+    weights = gtad.loss_weights(targets, generator=generator, shard=shard, reduce=reduce)
+    sums = {}
+    for part in torch.arange(B).chunk(accumulate):
+        rows = slice(part[0], part[-1] + 1)
+        local = net is not model and (chunk or rows.stop < B)  # DDP averages gradients in the last backward pass
+        with net.no_sync() if local else contextlib.nullcontext():
+            with autocast():
+                (start, end, map, logits), backward = _chunked(net, inputs[rows], chunk, autocast) if chunk else _whole(net, inputs[rows])
+            terms = gtad.losses(start, end, map, gtad.Targets(*(t[rows] for t in targets[:3]), targets.valid), gtad.Weights(*(w[rows] for w in weights)))
+            total = sum(loss[k] * v for k, v in terms.items())
+            if logits is not None:
+                terms["class"] = -(batch["target"][rows] * logits.float().log_softmax(1)).sum() / B
+                total = total + terms["class"]
+            backward(total)
+        for key, value in {"loss": total, **terms}.items():
+            sums[key] = sums.get(key, 0) + value.detach()
+    return sums

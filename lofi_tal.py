@@ -42,6 +42,8 @@ def check(cfg, files=True):
         if value not in known:
             raise ValueError(f"config key {key} has {value!r}, expected {', '.join(known)}")
     low_fidelity_cycle(cfg)
+    if cfg.lofi.chunk and cfg.lofi.batchnorm == "train":
+        raise ValueError("lofi.chunk needs lofi.batchnorm frozen: in chunks, BatchNorm would see other statistics than in one piece")
     if files:
         data.load_annotations(cfg.data.annotations)
     if files and cfg.pretrain.checkpoint and not os.path.isfile(cfg.pretrain.checkpoint):
@@ -60,8 +62,16 @@ def build_localizer(cfg, **options):
 def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
     def step(net, batch, epoch, i):
         generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, name, epoch, i))  # the same on every rank
-        return train_step(net, batch, loss=cfg.loss, generator=generator, shard=(process.rank, process.world),
-                          reduce=engine.mean_over_ranks, autocast=engine.autocast(process.device))
+        terms = train_step(net, batch, loss=cfg.loss, generator=generator, shard=(process.rank, process.world), reduce=engine.mean_over_ranks,
+                           autocast=autocast, accumulate=options.get("accumulate", 1), chunk=options.get("chunk", 0))
+        if options.get("chunk"):
+            engine.average_gradients(model)
+        return terms
+    autocast = partial(engine.autocast, process.device)
+    parts = process.world * options.get("accumulate", 1)
+    if options.batch_size % parts:
+        raise ValueError(f"{name}.batch_size {options.batch_size} cannot be divided evenly over {process.world} processes"
+                         f" and {parts // process.world} micro-batches")
     sampler = data.CyclicFidelitySampler(len(dataset), options.batch_size, fidelities, seed=data.seed_of(cfg.seed, name),
                                          rank=process.rank, world=process.world, **cycle)
     return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=f"{cfg.out}/{name}", process=process,
@@ -227,7 +237,7 @@ def dry_run(cfg, process):
         frames = torch.randint(0, 256, (1, f.snippets, cfg.data.frames_per_snippet, 3, f.size, f.size), dtype=torch.uint8, device=process.device)
         started = time.monotonic()
         terms = train_step(model, {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])]}, loss=cfg.loss, generator=None, shard=(0, 1),
-                           reduce=None, autocast=engine.autocast(process.device))
+                           reduce=None, autocast=partial(engine.autocast, process.device), chunk=cfg.lofi.chunk)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         process.say(f"{f.name}: frames {tuple(frames.shape)} -> features (1, {model.encoder.channels}, {f.snippets}), loss {terms['loss']:.2f}, "
