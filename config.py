@@ -11,7 +11,7 @@ import torchvision
 import yaml
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-FREE = {"data.workers", "device"}  # may change between two starts of a run
+FREE = {"data.workers", "device", "checkpoint_sec"}  # may change between two starts of a run
 
 
 class Config(dict):

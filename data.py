@@ -71,6 +71,17 @@ def load_annotations(path):
     return subsets
 
 
+def class_names(videos):
+    """The labels of some videos, sorted."""
+    return sorted({label for v in videos for label in v.labels})
+
+
+def class_target(video, classes):
+    """What a video classifier is trained towards, (n,): equal shares for the video's classes; zeros if it has none of them."""
+    target = torch.tensor([float(c in video.labels) for c in classes])
+    return target / target.sum().clamp(min=1)
+
+
 def select(subsets, subset, folder, suffix, say=print):
     """The videos of one subset that have media or features in `folder`; the others are counted, named through `say` and left out.
 
@@ -228,13 +239,13 @@ def crop_resize(frames, size, ratio, corner=(0.5, 0.5), flip=False):
 
 
 class VideoDataset:
-    """Untrimmed videos: dataset[index, fidelity] -> {"name", "frames" (L, T, 3, H, W) uint8, "segments" (N, 2)}.
+    """Untrimmed videos: dataset[index, fidelity] -> {"name", "frames" (L, T, 3, H, W) uint8, "segments" (N, 2), "target" (n,)}.
 
     Training takes one random crop, flip and snippet phase a video, a pure function of (seed, epoch, index); else all are central.
     """
 
-    def __init__(self, videos, folder, *, snippets, frames, stride, crop=0.875, flip=True, train=False, seed=0):
-        self.videos, self.folder, self.train, self.seed = videos, folder, train, seed
+    def __init__(self, videos, folder, *, classes=(), snippets, frames, stride, crop=0.875, flip=True, train=False, seed=0):
+        self.videos, self.folder, self.classes, self.train, self.seed = videos, folder, list(classes), train, seed
         self.snippets, self.frames, self.stride, self.crop, self.flip = snippets, frames, stride, crop, flip
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on
 
@@ -255,7 +266,8 @@ class VideoDataset:
         numbers = snippet_frames(media.num_frames, self.snippets, self.frames, self.stride)
         numbers = numbers[snippet_rows(self.snippets, fidelity.snippets, shift)]
         frames = crop_resize(media.read(numbers.flatten().numpy()), fidelity.size, self.crop, corner, flip)
-        return {"name": video.name, "frames": frames.view(*numbers.shape, *frames.shape[1:]), "segments": video.segments}
+        return {"name": video.name, "frames": frames.view(*numbers.shape, *frames.shape[1:]), "segments": video.segments,
+                "target": class_target(video, self.classes)}
 
 
 class Clip(NamedTuple):
@@ -348,10 +360,7 @@ class FeatureDataset:
             raise ValueError(f"{self.folder}/{video.name}.npy has {features.shape[0]} channels, {self.videos[0].name}.npy {self.channels}")
         if features.shape[1] != fidelity.snippets:
             features = interpolate(features[None], fidelity.snippets, mode="linear", align_corners=False)[0]
-        target = torch.zeros(len(self.classes))
-        for label in set(video.labels) & set(self.classes):
-            target[self.classes.index(label)] = 1
-        return {"name": video.name, "features": features, "segments": video.segments, "target": target / target.sum().clamp(min=1)}
+        return {"name": video.name, "features": features, "segments": video.segments, "target": class_target(video, self.classes)}
 
     def statistics(self, most=2000):
         """Mean and standard deviation of each channel over snippets, and standard deviation of a video's mean: three (C,) float32.

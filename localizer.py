@@ -11,25 +11,29 @@ HEADS = {"gtad": gtad.GTAD, "bmn": BMN}
 
 
 class Localizer(nn.Module):
-    """(encoder) -> (standardize) -> head (, video classifier), behind one forward for DDP.
+    """(encoder) -> head (, linear video classifier on the mean feature), behind one forward for DDP.
 
-    With an encoder it takes frames (stage lofi). Without one it takes features (stage head): the head sees them standardized over
-    snippets; a linear classifier sees their mean over the video, standardized over videos, which differ less than snippets do.
+    With an encoder it takes frames (stage lofi), without one features (stage head). The head sees features standardized over snippets, with
+    `mean` and `std`; the classifier sees their mean over the video standardized over videos, which differ less than snippets do. Until these
+    buffers are set they change nothing.
     """
 
     def __init__(self, name, sizes, *, channels, encoder=None, classes=0):
         super().__init__()
         self.name, self.encoder, self.head = name, encoder, HEADS[name](in_channels=channels, **sizes)
         self.durations = sizes.get("durations")  # D; None: as many as snippets
+        self.classifier = nn.Linear(channels, classes) if classes else None
         if classes:
-            self.classifier = nn.Linear(channels, classes)
             for buffer, value in (("mean", 0.0), ("std", 1.0), ("video_std", 1.0)):
                 self.register_buffer(buffer, torch.full((channels,), value))
 
     def forward(self, x):
         """frames (B, L, T, 3, H, W) or features (B, C, L) -> start (B, L), end (B, L), map (B, 2, D, L), class logits (B, n) or None."""
-        if self.encoder is not None:
-            return *self.head(self.encoder(x)), None
+        return self.localize(x if self.encoder is None else self.encoder(x))
+
+    def localize(self, x):
+        if self.classifier is None:
+            return *self.head(x), None
         x = x - self.mean[:, None]
         return *self.head(x / self.std[:, None]), self.classifier(x.mean(2) / self.video_std)
 
@@ -58,14 +62,14 @@ def _chunked(net, frames, chunk, autocast):
             with autocast():
                 again = model.encoder(c)
             again.backward(gradient)
-    return (*model.head(features), None), backward
+    return model.localize(features), backward
 
 
-def train_step(net, batch, *, loss, generator, shard, reduce, autocast=contextlib.nullcontext, accumulate=1, chunk=0):
+def train_step(net, batch, *, loss, class_weight, generator, shard, reduce, autocast=contextlib.nullcontext, accumulate=1, chunk=0):
     """Forward and backward of one batch, at its own temporal resolution; returns {term: detached scalar}, "loss" their weighted sum.
 
     net: a Localizer, or DDP around one. batch: "frames" or "features", "segments", and with a classifier "target" (B, n), class
-    distributions. loss: {term: weight}. generator, shard, reduce: see gtad.loss_weights. autocast(): the context of a forward pass.
+    distributions. loss: {term of the head: weight}; class_weight: the classifier's. generator, shard, reduce: see gtad.loss_weights. autocast(): the context of a forward pass.
     accumulate: micro-batches to go through one after the other. chunk: snippets to encode at once (0: all); gradients are then left
     local, for the caller to average over ranks. Both save memory and leave the gradient as it is: the weights of all cells are those of the global batch.
     """
@@ -85,7 +89,7 @@ def train_step(net, batch, *, loss, generator, shard, reduce, autocast=contextli
             total = sum(loss[k] * v for k, v in terms.items())
             if logits is not None:
                 terms["class"] = -(batch["target"][rows] * logits.float().log_softmax(1)).sum() / B
-                total = total + terms["class"]
+                total = total + class_weight * terms["class"]
             backward(total)
         for key, value in {"loss": total, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach()

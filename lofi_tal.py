@@ -62,7 +62,7 @@ def build_localizer(cfg, **options):
 def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
     def step(net, batch, epoch, i):
         generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, name, epoch, i))  # the same on every rank
-        terms = train_step(net, batch, loss=cfg.loss, generator=generator, shard=(process.rank, process.world), reduce=engine.mean_over_ranks,
+        terms = train_step(net, batch, loss=cfg.loss, class_weight=options.class_weight, generator=generator, shard=(process.rank, process.world), reduce=engine.mean_over_ranks,
                            autocast=autocast, accumulate=options.get("accumulate", 1), chunk=options.get("chunk", 0))
         if options.get("chunk"):
             engine.average_gradients(model)
@@ -75,7 +75,7 @@ def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
     sampler = data.CyclicFidelitySampler(len(dataset), options.batch_size, fidelities, seed=data.seed_of(cfg.seed, name),
                                          rank=process.rank, world=process.world, **cycle)
     return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=f"{cfg.out}/{name}", process=process,
-                      workers=cfg.data.workers)[0]
+                      workers=cfg.data.workers, save_sec=cfg.checkpoint_sec)[0]
 
 
 def seconds_of(path):
@@ -97,7 +97,7 @@ def frame_options(cfg):
 
 def video_dataset(cfg, process, which, train):
     videos = subset(cfg, process, which, cfg.data.frames, ".zip")
-    return data.VideoDataset(videos, cfg.data.frames, snippets=cfg.data.snippets, frames=cfg.data.frames_per_snippet, train=train, **frame_options(cfg))
+    return data.VideoDataset(videos, cfg.data.frames, classes=data.class_names(videos), snippets=cfg.data.snippets, frames=cfg.data.frames_per_snippet, train=train, **frame_options(cfg))
 
 
 # ---------------------------------------------------------------- stages
@@ -111,7 +111,7 @@ def pretrain(cfg, process):
         options = cfg.pretrain[phase]
         clips = clips_of(phase, options.source, lambda: [subset(cfg, process, which, cfg.data.frames, ".zip") for which in ("train", "val")], cfg.data.frames)
         seconds += train_classifier(encoder, clips, size=cfg.data.size, options=options, name=phase, folder=f"{cfg.out}/pretrain/{phase}",
-                                    process=process, workers=cfg.data.workers, **frame_options(cfg))[0]
+                                    process=process, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, **frame_options(cfg))[0]
     save_encoder(cfg, process, encoder, "pretrain", seconds)
 
 
@@ -137,16 +137,16 @@ def low_fidelity_cycle(cfg):
     return [known[f] for f in cfg.lofi.cycle]
 
 
-def end_to_end(cfg, path, device):
+def end_to_end(cfg, path, device, classes):
     torch.manual_seed(data.seed_of(cfg.seed, "lofi"))
     encoder = build_encoder(cfg, path, frozen_bn=cfg.lofi.batchnorm == "frozen")
-    return build_localizer(cfg, channels=encoder.channels, encoder=encoder).to(device)
+    return build_localizer(cfg, channels=encoder.channels, encoder=encoder, classes=classes if cfg.lofi.class_weight else 0).to(device)
 
 
 def lofi(cfg, process):
     """Section 3.2: encoder and head together at low fidelity. The head only serves to train the encoder, and is thrown away."""
-    path = encoder_path(cfg, "lofi")
-    model, dataset = end_to_end(cfg, path, process.device), video_dataset(cfg, process, "train", train=True)
+    path, dataset = encoder_path(cfg, "lofi"), video_dataset(cfg, process, "train", train=True)
+    model = end_to_end(cfg, path, process.device, len(dataset.classes))
     seconds = fit(model, dataset, low_fidelity_cycle(cfg), cfg.lofi, cfg, process, "lofi", cycle=cfg.lofi.order, period=cfg.lofi.period)
     save_encoder(cfg, process, model.encoder, "lofi", seconds + seconds_of(path))
 
@@ -177,7 +177,7 @@ def features(cfg, process):
 def feature_dataset(cfg, process, which, classes=None):
     folder = cfg.data.features or f"{cfg.out}/features"
     videos = subset(cfg, process, which, folder, ".npy")
-    return data.FeatureDataset(videos, folder, classes or sorted({label for v in videos for label in v.labels}))
+    return data.FeatureDataset(videos, folder, classes or data.class_names(videos))
 
 
 def head(cfg, process):
@@ -228,7 +228,7 @@ STAGES = {stage.__name__: (stage, product) for stage, product in STAGES.items()}
 
 def dry_run(cfg, process):
     """Builds everything and takes one training step of one video of random frames at each fidelity of the cycle."""
-    model = end_to_end(cfg, None, process.device)
+    model = end_to_end(cfg, None, process.device, classes := 200)
     model.train()
     count = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in (("encoder", model.encoder), ("head", model.head))}
     process.say(f"encoder {count['encoder']:.2f} M parameters, {model.encoder.channels} channels; {cfg.tal_head} head {count['head']:.2f} M")
@@ -236,7 +236,8 @@ def dry_run(cfg, process):
     for f in low_fidelity_cycle(cfg):
         frames = torch.randint(0, 256, (1, f.snippets, cfg.data.frames_per_snippet, 3, f.size, f.size), dtype=torch.uint8, device=process.device)
         started = time.monotonic()
-        terms = train_step(model, {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])]}, loss=cfg.loss, generator=None, shard=(0, 1),
+        terms = train_step(model, {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])], "target": torch.full((1, classes), 1 / classes, device=process.device)},
+                           loss=cfg.loss, class_weight=cfg.lofi.class_weight, generator=None, shard=(0, 1),
                            reduce=None, autocast=partial(engine.autocast, process.device), chunk=cfg.lofi.chunk)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ def clips_of(phase, source, videos, folder):
     """
     if phase == "acp_plus":
         train, val = videos()
-        classes = sorted({label for v in train for label in v.labels})
+        classes = data.class_names(train)
         return data.segment_clips(train, folder, classes), data.segment_clips(val, folder, classes), classes
     suffix = ".jpg" if phase == "icp" else ".zip"
     train, classes = data.list_clips(f"{source}/train", suffix)
@@ -36,7 +36,7 @@ def clips_of(phase, source, videos, folder):
     return train, val, classes
 
 
-def train_classifier(encoder, clips, *, size, seed, options, name, folder, process, workers, **views):
+def train_classifier(encoder, clips, *, size, seed, options, name, folder, process, workers, save_sec=60.0, **views):
     """Trains `encoder` in place on clips = (training, held out, classes); returns (seconds, top-1 accuracy on the held-out clips).
 
     options: epochs, batch_size, frames and those of engine.fit. views: stride, crop and flip of data.ClipDataset.
@@ -53,7 +53,8 @@ def train_classifier(encoder, clips, *, size, seed, options, name, folder, proce
         return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 
     sampler = data.CyclicFidelitySampler(len(train), options["batch_size"], [fidelity], seed=data.seed_of(seed, name), rank=process.rank, world=process.world)
-    seconds, _ = engine.fit(model, step, train, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers)
+    seconds, _ = engine.fit(model, step, train, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
+                            save_sec=save_sec)
     model.eval()
     right = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad(), engine.autocast(process.device):

@@ -10,7 +10,7 @@
 
 What happens in a video: sprites drift over a moving texture. One of them, the reddish *main* sprite, performs its
 video's action during one to three segments. So that action is not just "something moves", it also makes the same motion
-at half amplitude around and between segments, and two sprites of other hues make the same motion at full amplitude at
+at 0.6 times the amplitude around and between segments, and two sprites of other hues make the same motion at full amplitude at
 times of their own. Finding the segments therefore takes who acts, how strongly, from when to when: what a classifier of trimmed
 clips is never taught. Every video has a random stream of its own: the same seed gives the same bytes, whatever the number of workers.
 """
@@ -166,7 +166,7 @@ def plan_segments(rng, snippets):
             return np.stack([starts, starts + lengths], 1)
 
 
-def render_video(rng, label, n, snippets, size, competitors=2, busy=(0.15, 0.5), near=0.5, scene=0.7,
+def render_video(rng, label, n, snippets, size, competitors=2, busy=(0.15, 0.5), near=0.6, scene=0.7,
                  amplitude=(0.25, 0.33)):
     """One untrimmed video: frames (n, 3, size, size) uint8 and its segments in frames, (N, 2) int.
 
@@ -254,7 +254,7 @@ def _make(job, folder, seed, size, snippets, frames_per_snippet, clip_frames, **
 
 
 def make_toy(out, *, seed=0, train=240, val=160, clips=3000, stills=1500, size=46, snippets=32, frames_per_snippet=4,
-             clip_frames=8, competitors=2, busy=(0.15, 0.5), near=0.5, scene=0.7,
+             clip_frames=8, competitors=2, busy=(0.15, 0.5), near=0.6, scene=0.7,
              amplitude=(0.25, 0.33), workers=None):
     """Writes the data set to folder `out`, whole or not at all. Returns False if the same one is already there.
 
@@ -302,7 +302,7 @@ def main():
                               clip_frames=8, competitors=2).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--busy", type=float, nargs=2, default=(0.15, 0.5), help="part of the video in which a competitor acts")
-    parser.add_argument("--near", type=float, default=0.5, help="amplitude of near-action, of the action's")
+    parser.add_argument("--near", type=float, default=0.6, help="amplitude of near-action, of the action's")
     parser.add_argument("--scene", type=float, default=0.7, help="part of the videos whose background tells the class")
     parser.add_argument("--amplitude", type=float, nargs=2, default=(0.25, 0.33), help="range of the actions' amplitude")
     parser.add_argument("--workers", type=int, default=None, help="processes (all cores)")

@@ -23,7 +23,7 @@ def model_and_batch(durations=None):
 
 def step(model, batch, **options):
     model.zero_grad()
-    terms = train_step(model, batch, loss=LOSS, generator=torch.Generator().manual_seed(1), shard=(0, 1), reduce=None, **options)
+    terms = train_step(model, batch, loss=LOSS, class_weight=1, generator=torch.Generator().manual_seed(1), shard=(0, 1), reduce=None, **options)
     return terms, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
