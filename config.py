@@ -77,6 +77,12 @@ def differences(old, new):
     return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
 
 
+def about(cfg):
+    """Where something was made: config and code, as plain data."""
+    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    return {"config": json.loads(json.dumps(cfg)), "git": git or None}
+
+
 def open_run(cfg, write_json, main=True, **facts):
     """Checks that the folder cfg.out was begun with this very config, or begins it: config.json, and versions.json with `facts`.
 
@@ -90,7 +96,6 @@ def open_run(cfg, write_json, main=True, **facts):
             raise ValueError(f"{cfg.out} was begun with another config:\n" + "\n".join(differ)
                              + "\nname another folder with --set out=..., or remove that one yourself")
     if main:
-        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-        write_json({"git": git or None, "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+        write_json({"git": about(cfg)["git"], "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "numpy": np.__version__, **facts}, f"{cfg.out}/versions.json")
         write_json(cfg, path)

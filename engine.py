@@ -182,24 +182,26 @@ class Interrupted(SystemExit):
     """A signal stopped training after its state was saved; as an exit status, 128 + signal."""
 
 
-def fit(model, step, dataset, sampler, collate, *, options, name, folder, process, workers=0, save_sec=60.0):
+def fit(model, step, dataset, sampler, collate, *, options, name, folder, process, workers=0, save_sec=60.0,
+        about=None):
     """Trains `model` in place and returns (seconds, history), or raises Interrupted with everything saved in `folder`.
 
     step(net, batch, epoch, i): forward and backward of one batch through `net`, the model or its DDP wrapper; returns {term: scalar
     tensor} with "loss" in it. options: epochs and the arguments of make_optimizer and lr_factor; clip, the largest gradient norm, if any.
     Writes folder/checkpoint.pt every `save_sec` seconds, after an epoch and on SIGINT or SIGTERM, and resumes from it;
-    folder/metrics.jsonl has a line an epoch.
+    folder/metrics.jsonl has a line an epoch. about: plain data to keep in the checkpoint, such as the config.
     Raises FloatingPointError, naming the videos, when a loss is not finite.
     """
     path, device = f"{folder}/checkpoint.pt", process.device
     epochs, clip = options["epochs"], options.get("clip", 0)
     optimizer = make_optimizer(model.parameters(), **{k: options[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
     shape = {k: options[k] for k in ("schedule", "every", "factor", "warmup")}
-    state = {"epoch": 0, "step": 0, "sums": {}, "history": [], "seconds": 0.0}
+    state = {"epoch": 0, "step": 0, "sums": {}, "history": [], "seconds": 0.0}  # where it stands: all that a resumed run needs beside weights
     saved = load_checkpoint(path, process.say)
     if saved:
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer"))
+        saved.pop("about", None)
         state = saved
         process.say(f"{name}: resuming at epoch {state['epoch'] + 1}, step {state['step'] + 1}")
     net = model
@@ -214,7 +216,7 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
     def save():
         state["seconds"] = time.monotonic() - started
         if process.is_main:
-            save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **state}, path)
+            save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **state, "about": about}, path)
 
     try:
         for epoch in range(state["epoch"], epochs):
@@ -222,7 +224,7 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
             sampler.set_epoch(epoch, state["step"])
             bar = tqdm(total=sampler.steps, initial=state["step"], desc=f"{name} {epoch + 1}/{epochs}", leave=False, unit="step",
                        disable=not (process.is_main and sys.stderr.isatty()))
-            epoch_started = time.monotonic()
+            epoch_started, first = time.monotonic(), state["step"]
             for i, batch in enumerate(loader, state["step"]):
                 for group in optimizer.param_groups:
                     group["lr"] = options["lr"] * lr_factor(epoch + i / sampler.steps, epochs, **shape)
@@ -242,7 +244,9 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
                 state["step"] = i + 1
                 if epoch == i == 0:
                     process.say(f"{name}: after the first step, peak memory {peak_memory_gb(device):.2f} GB a process")
-                bar.set_postfix(loss=f"{state['sums']['loss'] / (i + 1):.3f}", fidelity=sampler.fidelity(epoch, i).name, refresh=False)
+                done = (i + 1 - first) * sampler.batch_size
+                bar.set_postfix({"fidelity": sampler.fidelity(epoch, i).name, **{k: f"{v / (i + 1):.3f}" for k, v in state["sums"].items()},
+                                 "videos/s": f"{done / (time.monotonic() - epoch_started):.1f}", "GB": f"{peak_memory_gb(device):.1f}"}, refresh=False)
                 bar.update()
                 if flags[1]:
                     save()
@@ -255,7 +259,8 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
             bar.close()
             seconds = time.monotonic() - epoch_started
             record = {"epoch": epoch + 1, "fidelity": sampler.fidelity(epoch, 0).name, "lr": optimizer.param_groups[0]["lr"],
-                      **{k: v / sampler.steps for k, v in state["sums"].items()}, "seconds": seconds}
+                      **{k: v / sampler.steps for k, v in state["sums"].items()}, "seconds": seconds,
+                      "videos_per_sec": (sampler.steps - first) * sampler.batch_size / seconds, "peak_memory_gb": peak_memory_gb(device)}
             state["history"].append(record)
             state.update(epoch=epoch + 1, step=0, sums={})
             save()

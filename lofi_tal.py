@@ -75,7 +75,7 @@ def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
     sampler = data.CyclicFidelitySampler(len(dataset), options.batch_size, fidelities, seed=data.seed_of(cfg.seed, name),
                                          rank=process.rank, world=process.world, **cycle)
     return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=f"{cfg.out}/{name}", process=process,
-                      workers=cfg.data.workers, save_sec=cfg.checkpoint_sec)[0]
+                      workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg))[0]
 
 
 def seconds_of(path):
@@ -140,6 +140,8 @@ def low_fidelity_cycle(cfg):
 def end_to_end(cfg, path, device, classes):
     torch.manual_seed(data.seed_of(cfg.seed, "lofi"))
     encoder = build_encoder(cfg, path, frozen_bn=cfg.lofi.batchnorm == "frozen")
+    if cfg.lofi.compile:
+        encoder.compile()
     return build_localizer(cfg, channels=encoder.channels, encoder=encoder, classes=classes if cfg.lofi.class_weight else 0).to(device)
 
 
@@ -270,6 +272,11 @@ def main(argv=None):
             dist.destroy_process_group()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"lofi_tal.py: {error}")
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(f"lofi_tal.py: out of memory: {str(error).splitlines()[0]}\nset lofi.chunk (the memory of so many snippets, the same gradient), "
+                 "lofi.accumulate (smaller micro-batches, the same gradient) or encoder.recompute; for stage features, a smaller features.chunk")
     except KeyboardInterrupt:  # outside of training, which saves its state first
         sys.exit("lofi_tal.py: interrupted; the same command goes on from the last finished file")
 

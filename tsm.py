@@ -10,6 +10,7 @@ Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and 
 """
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 ARCHITECTURES = {18: (BasicBlock, (2, 2, 2, 2)), 34: (BasicBlock, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3))}
@@ -87,14 +88,15 @@ class TSM(nn.Module):
     shift_div: a channel fraction of 1/shift_div is shifted each way; 0 shifts nothing (TSN: an image network, frame by frame).
     maxpool: False for frames much smaller than 112 pixels. frozen_bn: BatchNorm keeps its running statistics in training too
     (its scale and offset still learn); features then do not depend on the batch, nor on how it is spread over GPUs.
+    recompute: activation checkpointing; a block keeps its input only and runs again in the backward pass, a third more time for much less memory.
     """
 
-    def __init__(self, *, depth=18, width=64, shift_div=8, maxpool=True, frozen_bn=False):
+    def __init__(self, *, depth=18, width=64, shift_div=8, maxpool=True, frozen_bn=False, recompute=False):
         super().__init__()
         if depth not in ARCHITECTURES:
             raise ValueError(f"TSM got depth {depth}, expected one of {sorted(ARCHITECTURES)}")
         block, counts = ARCHITECTURES[depth]
-        self.shift_div, self.frozen_bn, self.channels = shift_div, frozen_bn, 8 * width * block.expansion
+        self.shift_div, self.frozen_bn, self.recompute, self.channels = shift_div, frozen_bn, recompute, 8 * width * block.expansion
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if maxpool else nn.Identity()
@@ -135,7 +137,10 @@ class TSM(nn.Module):
         x = self.maxpool(self.conv1_relu(x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = shifted_block(block, x, t, self.shift_div)
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(shifted_block, block, x, t, self.shift_div, use_reentrant=False)
+                else:
+                    x = shifted_block(block, x, t, self.shift_div)
         return x.mean((2, 3)).view(b, l, t, -1).mean(2).transpose(1, 2)  # (B, C, L)
 
     def conv1_relu(self, x):

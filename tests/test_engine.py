@@ -51,11 +51,13 @@ def train(folder, *, stop_at=None, bad_at=None, options=OPTIONS, process=ALONE, 
 
 
 def test_it_trains_and_writes_a_line_an_epoch(tmp_path):
-    model, (seconds, history) = train(tmp_path, workers=1)
+    model, (seconds, history) = train(tmp_path, workers=1, about={"config": {"lr": 1}})
     assert history[-1]["loss"] < 0.3 < 2 < history[0]["loss"] and seconds > 0
     lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert lines == history and [r["epoch"] for r in lines] == [1, 2, 3, 4]
-    assert [r["lr"] for r in lines] == [0.1, 0.1, 0.05, 0.05]
+    assert [r["lr"] for r in lines] == [0.1, 0.1, 0.05, 0.05] and all(r["videos_per_sec"] > 0 and r["peak_memory_gb"] > 0 for r in lines)
+    saved = engine.load_checkpoint(str(tmp_path / "checkpoint.pt"))
+    assert {"model", "optimizer", "epoch", "step", "history", "seconds"} <= saved.keys() and saved["about"] == {"config": {"lr": 1}}
 
 
 @pytest.mark.parametrize("stop_at", [(0, 0), (1, 2), (2, 4)])
@@ -66,7 +68,7 @@ def test_a_stopped_run_resumes_to_the_very_same_weights_and_log(tmp_path, stop_a
     assert stopped.value.code == 128 + signal.SIGTERM
     resumed, (_, again) = train(tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
-    drop = {"seconds"}
+    drop = {"seconds", "videos_per_sec", "peak_memory_gb"}
     assert [{k: v for k, v in r.items() if k not in drop} for r in history] == [{k: v for k, v in r.items() if k not in drop} for r in again]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
 

@@ -223,6 +223,26 @@ def test_bad_input_is_one_clear_error(whole, toy_data, tmp_path):
     assert "begun with another config" in message and "lofi.lr: 0.1 there, 0.3 now" in message
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_says_what_to_change(toy_data, tmp_path, monkeypatch, error):
+    def stage(cfg, process):
+        raise error
+    monkeypatch.setitem(lofi_tal.STAGES, "pretrain", (stage, "pretrain/encoder.pt"))
+    message = fails(arguments(toy_data, tmp_path / "x"))
+    assert "out of memory" in message and "lofi.chunk" in message and "lofi.accumulate" in message
+    monkeypatch.setitem(lofi_tal.STAGES, "pretrain", (lambda cfg, process: 1 // 0, "pretrain/encoder.pt"))
+    with pytest.raises(ZeroDivisionError):  # what is not understood keeps its traceback
+        lofi_tal.main(arguments(toy_data, tmp_path / "x"))
+
+
+def test_compile_recompute_and_chunks_are_one_word_each(toy_data, tmp_path, monkeypatch):
+    compiled, forward = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (compiled.append(type(self).__name__), forward(self, backend="eager")))
+    lofi_tal.main(["--cfg", "configs/toy.yaml", "--dry-run", "--set", *TINY, "lofi.compile=true", "encoder.recompute=true", "lofi.chunk=2", "lofi.cycle=[full, S]"])
+    assert compiled == ["TSM"]
+
+
 def test_videos_without_frames_are_left_out_and_evaluation_says_so(whole, toy_data, tmp_path, capsys):
     frames = tmp_path / "frames"
     shutil.copytree(f"{toy_data}/frames", frames)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torchvision
 
+import tsm
 from tsm import TSM, load_weights, temporal_shift
 
 
@@ -102,3 +103,46 @@ def test_wrong_frames_and_depths_are_refused():
         TSM(width=8)(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="depth 101"):
         TSM(depth=101)
+
+
+def gradients(encoder, frames):
+    encoder.zero_grad()
+    out = encoder(frames)
+    out.square().sum().backward()
+    return out.detach(), [p.grad.clone() for p in encoder.parameters()]
+
+
+def test_the_backward_pass_shifts_again_and_gives_the_plain_gradient(monkeypatch):
+    torch.manual_seed(0)
+    encoder, frames = TSM(width=8, maxpool=False, frozen_bn=True).double().train(), torch.randint(0, 256, (1, 2, 3, 3, 16, 16), dtype=torch.uint8)
+    ours = gradients(encoder, frames)
+    monkeypatch.setattr(tsm, "shifted_conv", lambda conv, x, frames, div: conv(temporal_shift(x, frames, div)))
+    torch.testing.assert_close(ours, gradients(encoder, frames), rtol=0, atol=0)
+
+
+def test_a_shift_holds_no_second_copy_of_the_activations():
+    def held(div):
+        encoder = TSM(width=16, shift_div=div, frozen_bn=True).train()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            out = encoder(torch.zeros(1, 1, 4, 3, 64, 64, dtype=torch.uint8))
+        return out, sum(e.self_cpu_memory_usage for e in profile.key_averages())
+    assert held(8)[1] <= 1.01 * held(0)[1]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_recomputation_gives_the_plain_gradient(frozen):
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (1, 2, 3, 3, 16, 16), dtype=torch.uint8)
+    plain, again = (TSM(width=8, maxpool=False, frozen_bn=frozen, recompute=r).double().train() for r in (False, True))
+    again.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(gradients(plain, frames), gradients(again, frames), rtol=1e-10, atol=1e-10)
+
+
+def test_a_compiled_encoder_gives_the_plain_gradient():
+    torch.manual_seed(0)
+    encoder, frames = TSM(width=8, maxpool=False, frozen_bn=True).double().train(), torch.randint(0, 256, (1, 2, 3, 3, 16, 16), dtype=torch.uint8)
+    plain = gradients(encoder, frames)
+    names = list(encoder.state_dict())
+    encoder.compile(backend="aot_eager")  # traced as for any backend; needs no C++ compiler
+    torch.testing.assert_close(plain, gradients(encoder, frames), rtol=1e-8, atol=1e-10)
+    assert list(encoder.state_dict()) == names
