@@ -26,8 +26,9 @@ def merge(base, changes, where=""):
         if key not in base:
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise ValueError(f"config key {where}{key} is read by nothing; did you mean {where}{near}? configs/default.yaml has them all")
-        if isinstance(base[key], dict) != isinstance(value, dict):
-            raise ValueError(f"config key {where}{key} is {value!r}, expected {'a block of keys' if isinstance(base[key], dict) else 'one value'}")
+        for kind, words in ((dict, "a block of keys"), (list, "a list, as in [S, T, ST]")):
+            if isinstance(base[key], kind) != isinstance(value, kind):
+                raise ValueError(f"config key {where}{key} is {value!r}, expected {words if isinstance(base[key], kind) else 'one value'}")
         if isinstance(base[key], (int, float)) and (isinstance(base[key], bool) != isinstance(value, bool) or not isinstance(value, (int, float))):
             kind = "true or false" if isinstance(base[key], bool) else "a number (YAML reads 1e-4 as a word: write 1.0e-4)"
             raise ValueError(f"config key {where}{key} is {value!r}, expected {kind}")
@@ -35,12 +36,23 @@ def merge(base, changes, where=""):
     return out
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys in silence; here they are an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
+        twice = [k for k in keys if keys.count(k) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no config file {path}: name one of configs/")
     with open(path) as f:
         try:
-            content = yaml.safe_load(f) or {}
+            content = yaml.load(f, UniqueKeyLoader) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
@@ -55,7 +67,10 @@ def load(path, words=()):
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--set {word}: expected key.sub=value")
-        change = yaml.safe_load(value)
+        try:
+            change = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {word}: the value is no YAML: {error}") from None
         for part in reversed(key.split(".")):
             change = {part: change}
         cfg = merge(cfg, change)
@@ -77,9 +92,26 @@ def differences(old, new):
     return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
 
 
+def check_words(words):
+    """words: {key: (values, known ones)}. ValueError for the first that is not known."""
+    for key, (values, known) in words.items():
+        for value in values:
+            if value not in list(known):
+                raise ValueError(f"config key {key} has {value!r}, expected {', '.join(known)}")
+
+
+def check_counts(block, name, keys):
+    for key in keys:
+        if key in block and (block[key] < 1 or block[key] != int(block[key])):
+            raise ValueError(f"config key {name}.{key} is {block[key]!r}, expected a whole number of at least 1")
+
+
 def about(cfg):
     """Where something was made: config and code, as plain data."""
-    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    try:
+        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        git = None
     return {"config": json.loads(json.dumps(cfg)), "git": git or None}
 
 
@@ -89,12 +121,14 @@ def open_run(cfg, write_json, main=True, **facts):
     write_json(obj, path): an atomic writer; only the main process writes. ValueError shows the difference between the two configs.
     """
     path = f"{cfg.out}/config.json"
-    if os.path.exists(path) and set(os.listdir(cfg.out)) - {"config.json", "versions.json"}:  # else nothing came of it yet
+    if os.path.exists(path) and any(not f.startswith(("config.json", "versions.json")) for f in os.listdir(cfg.out)):  # else nothing came of it yet
         with open(path) as f:
-            differ = differences(json.load(f), cfg)
+            old = json.load(f)
+        differ = differences(old, cfg)
         if differ:
             raise ValueError(f"{cfg.out} was begun with another config:\n" + "\n".join(differ)
                              + "\nname another folder with --set out=..., or remove that one yourself")
+        cfg = merge(cfg, {"stages": max(old["stages"], cfg["stages"], key=len)})  # what was once made stays in the record
     if main:
         write_json({"git": about(cfg)["git"], "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "numpy": np.__version__, **facts}, f"{cfg.out}/versions.json")

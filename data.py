@@ -71,6 +71,11 @@ def load_annotations(path):
     return subsets
 
 
+def list_hash(names):
+    """Tells one list of videos from another, so that two numbers are known to be of the same videos."""
+    return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
+
+
 def class_names(videos):
     """The labels of some videos, sorted."""
     return sorted({label for v in videos for label in v.labels})
@@ -221,7 +226,10 @@ class Still:
         self.path = path
 
     def read(self, numbers):
-        return decode_jpeg(self.path)[None].expand(len(numbers), -1, -1, -1)
+        try:
+            return decode_jpeg(self.path)[None].expand(len(numbers), -1, -1, -1)
+        except RuntimeError as error:
+            raise ValueError(f"{self.path} is no JPEG image ({error})") from None
 
 
 def crop_resize(frames, size, ratio, corner=(0.5, 0.5), flip=False):
@@ -291,9 +299,9 @@ def list_clips(folder, suffix, classes=None):
 
 
 def segment_clips(videos, folder, classes):
-    """The annotated segments of untrimmed videos as clips to classify (LoFi, section 4.2: ACP+)."""
+    """The annotated segments of untrimmed videos as clips to classify (LoFi, section 4.2: ACP+); those of other classes are left out."""
     return [Clip(f"{folder}/{v.name}.zip", *(v.segments[i] * v.duration).tolist(), classes.index(label))
-            for v in videos for i, label in enumerate(v.labels)]
+            for v in videos for i, label in enumerate(v.labels) if label in classes]
 
 
 class ClipDataset:
@@ -340,7 +348,7 @@ class FeatureDataset:
         path = f"{self.folder}/{video.name}.npy"
         try:
             features = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be read ({error}): expected an .npy array (L, C)") from None
         if features.ndim != 2:
             raise ValueError(f"{path} has shape {features.shape}, expected (L, C)")
@@ -358,6 +366,8 @@ class FeatureDataset:
         features = torch.from_numpy(np.array(self._read(video), np.float32)).t()  # (C, L)
         if features.shape[0] != self.channels:
             raise ValueError(f"{self.folder}/{video.name}.npy has {features.shape[0]} channels, {self.videos[0].name}.npy {self.channels}")
+        if not features.isfinite().all():
+            raise ValueError(f"{self.folder}/{video.name}.npy has NaN or infinite features: extract this video again")
         if features.shape[1] != fidelity.snippets:
             features = interpolate(features[None], fidelity.snippets, mode="linear", align_corners=False)[0]
         return {"name": video.name, "features": features, "segments": video.segments, "target": class_target(video, self.classes)}
@@ -370,6 +380,8 @@ class FeatureDataset:
         count, total, square, means = 0, 0.0, 0.0, []
         for i in np.linspace(0, len(self) - 1, min(len(self), most)).round().astype(int):
             x = np.asarray(self._read(self.videos[i]), np.float64)
+            if not np.isfinite(x).all():
+                raise ValueError(f"{self.folder}/{self.videos[i].name}.npy has NaN or infinite features: extract this video again")
             count, total, square = count + len(x), total + x.sum(0), square + (x * x).sum(0)
             means.append(x.mean(0))
         mean = total / count

@@ -4,6 +4,7 @@ Everything random in a step must be a pure function of (epoch, step): then a run
 weights of an undisturbed one, bit for bit on CPU, and a checkpoint needs no random state.
 """
 import json
+import math
 import os
 import resource
 import signal
@@ -35,7 +36,11 @@ class Process(NamedTuple):
 
 def start_process(device="auto"):
     """This process' place: joins torchrun's group when torchrun started it (NCCL on GPUs, gloo on CPU), else stands alone."""
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device!r}: expected auto, cpu or cuda (CUDA_VISIBLE_DEVICES or torchrun choose which GPU)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no GPU here (torch.cuda.is_available() is False); use auto or cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ:
         return Process(0, 1, torch.device("cuda" if cuda else "cpu"))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -99,6 +104,12 @@ def save_json(obj, path):
     write_aside(path, lambda f: f.write((json.dumps(obj, indent=1) + "\n").encode()))
 
 
+def save_weights(model, path, **facts):
+    """{"model": state dict on the CPU, **facts}, for torch.load(path, weights_only=True)."""
+    state = {k: v.cpu() for k, v in model.state_dict().items()}
+    write_aside(path, lambda f: torch.save({"model": state, **facts}, f))
+
+
 def save_checkpoint(state, path):
     """Keeps the checkpoint before this one beside it, as PATH.previous."""
     if os.path.exists(path):
@@ -118,14 +129,15 @@ def load_checkpoint(path, say=print):
         raise ValueError(f"neither {path} nor the checkpoint before it can be read: remove them to start this stage again")
 
 
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = ("step", "cosine")
+
+
 def make_optimizer(parameters, *, optimizer, lr, weight_decay, momentum=0.0):
-    parameters = [p for p in parameters if p.requires_grad]
-    if optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    if optimizer not in kinds:
-        raise ValueError(f"optimizer {optimizer!r}: expected sgd, adam or adamw")
-    return kinds[optimizer](parameters, lr, weight_decay=weight_decay)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optimizer!r}: expected {', '.join(OPTIMIZERS)}")
+    more = {"momentum": momentum} if optimizer == "sgd" else {}
+    return OPTIMIZERS[optimizer]([p for p in parameters if p.requires_grad], lr, weight_decay=weight_decay, **more)
 
 
 def lr_factor(epoch, epochs, *, schedule, every=5, factor=0.5, warmup=0.3):
@@ -151,8 +163,8 @@ def peak_memory_gb(device):
 
 
 def _worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for s in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group: the main process decides, and ends its workers
+        signal.signal(s, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -238,6 +250,8 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
                 values = dict(zip(terms, flags[2:]))
                 if clip:
                     values["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+                    if not math.isfinite(values["gradient_norm"]):
+                        raise FloatingPointError(f"{name}: the gradient is not finite at epoch {epoch + 1}, step {i + 1}: {', '.join(map(str, batch['name']))}")
                 optimizer.step()
                 for key, value in values.items():
                     state["sums"][key] = state["sums"].get(key, 0.0) + value
@@ -269,6 +283,8 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
                 write_aside(f"{folder}/metrics.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in state["history"]).encode()))
             process.say(f"{name} {epoch + 1}/{epochs}: " + ", ".join(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k != "epoch"))
+        if signals:  # one that came during the last save
+            raise Interrupted(128 + signals[0])
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

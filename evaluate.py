@@ -121,6 +121,8 @@ def load_class_scores(source, videos, *, subset="validation", ground_truth=False
             names, labels, video, score = list(table), sorted(entries["labels"]), entries["video"], entries["score"]
             index = {c: i for i, c in enumerate(labels)}
             label = np.array([index[c] for c in entries["label"]], dtype=int)
+        if (np.asarray(score) < 0).any():
+            raise ValueError(f"{name}: class scores below 0 (lowest {np.min(score):g}); give probabilities, not logits")
         rows = np.zeros((len(names), len(labels)))
         np.maximum.at(rows, (video, label), score)
         table = dict(zip(names, rows.tolist()))
@@ -133,6 +135,8 @@ def load_class_scores(source, videos, *, subset="validation", ground_truth=False
     scores = np.zeros((len(videos), len(labels)))
     scores[[key is not None for key in keys]] = _numbers(
         [table[key] for key in found], (len(labels),), lambda i: f"{name}: video {found[i]!r}", "class scores")
+    if (scores < 0).any():
+        raise ValueError(f"{name}: class scores below 0 (lowest {scores.min():g}); give probabilities, not logits")
     return scores, labels
 
 
@@ -635,15 +639,17 @@ def evaluate(ground_truth, predictions, *, subset="validation", thresholds=None,
 def compare(runs):
     """One row for each run: [{"name", "0.5", "0.75", "0.95", "average", "seconds", "seeds", "std": {...}, ...}].
 
-    runs: "PATH" or "NAME=PATH". PATH is a folder with metrics.json (what `evaluate` returns, with "seconds" if known),
-    or a folder of such folders: one row's seeds, of which the mean and the sample standard deviation ("std", null for
+    runs: "PATH" or "NAME=PATH[,PATH...]". PATH is a folder with metrics.json (what `evaluate` returns, with "seconds" if known),
+    or a folder of such folders; several are one row's seeds, which must differ ("seed" of metrics.json), of which the mean and the sample standard deviation ("std", null for
     one seed) are given. Fractions, full precision. If no run has 0.75 or 0.95 (THUMOS14), all thresholds are columns.
     """
     read = []
     for run in runs:
         name, _, path = run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run)
-        folders = [path] if os.path.exists(os.path.join(path, "metrics.json")) else sorted(
-            f.path for f in os.scandir(path) if f.is_dir())
+        folders = []
+        for part in [path] if os.path.exists(path) else path.split(","):
+            folders += [part] if os.path.exists(os.path.join(part, "metrics.json")) else sorted(
+                f.path for f in os.scandir(part) if f.is_dir())
         unfinished = [f for f in folders if not os.path.exists(os.path.join(f, "metrics.json"))]
         if len(unfinished) == len(folders):
             raise ValueError(f"{path}: no metrics.json in it or in its folders; has the run finished?")
@@ -654,6 +660,10 @@ def compare(runs):
             metrics.append(_load(file, "metrics")[0])
             if not isinstance(metrics[-1].get("mAP"), dict) or "average_mAP" not in metrics[-1]:
                 raise ValueError(f'{file}: no "mAP" and "average_mAP"; it must hold what evaluate() returns')
+        seeds = [m.get("seed") for m in metrics]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{path}: its {len(folders)} runs have seeds {seeds}, so they are not the seeds of one row; "
+                             "name each run by itself, or one row's as NAME=PATH,PATH,...")
         read.append((name or os.path.basename(os.path.abspath(path)), metrics))
     present = list(dict.fromkeys(t for _, metrics in read for m in metrics for t in m["mAP"]))
     columns = ["0.5", "0.75", "0.95"] if {"0.75", "0.95"} & set(present) else present

@@ -252,7 +252,7 @@ def align(y, bias, alignment):
     if alignment.dense is not None:
         return (alignment.dense @ y).add_(bias).relu_()
     dtype = _full(y.dtype)
-    return _SparseLayer.apply(y.to(dtype), bias.to(dtype), alignment)
+    return _SparseLayer.apply(y.to(dtype), bias.to(dtype), alignment).to(y.dtype)
 
 
 def fill(z, alignment, cells):

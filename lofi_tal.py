@@ -37,17 +37,25 @@ PHASES = {"none": [], "icp": ["icp"], "acp": ["acp"], "acp_plus": ["acp", "acp_p
 
 def check(cfg, files=True):
     """Fails before any work is done, with the key to change; `files` looks whether there is anything to work on, too."""
-    for key, value, known in [("stages", s, STAGES) for s in cfg.stages] + [("pretrain.method", cfg.pretrain.method, PHASES),
-                             ("lofi.batchnorm", cfg.lofi.batchnorm, ("frozen", "train")), ("tal_head", cfg.tal_head, HEADS), ("lofi.order", cfg.lofi.order, ("long", "short"))]:
-        if value not in known:
-            raise ValueError(f"config key {key} has {value!r}, expected {', '.join(known)}")
+    words = {"stages": (cfg.stages, STAGES), "pretrain.method": ([cfg.pretrain.method], PHASES), "tal_head": ([cfg.tal_head], HEADS),
+             "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train")), "lofi.order": ([cfg.lofi.order], ("long", "short"))}
+    for name, block in {"lofi": cfg.lofi, "head": cfg.head, **{f"pretrain.{k}": cfg.pretrain[k] for k in ("icp", "acp", "acp_plus")}}.items():
+        words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
+        config.check_counts(block, name, ("epochs", "batch_size", "accumulate"))
+    config.check_words(words)
     low_fidelity_cycle(cfg)
-    if cfg.lofi.chunk and cfg.lofi.batchnorm == "train":
-        raise ValueError("lofi.chunk needs lofi.batchnorm frozen: in chunks, BatchNorm would see other statistics than in one piece")
+    if cfg.lofi.batchnorm == "train" and (cfg.lofi.chunk or cfg.lofi.accumulate > 1 or cfg.encoder.recompute):
+        raise ValueError("lofi.chunk, lofi.accumulate and encoder.recompute need lofi.batchnorm frozen: BatchNorm would see other statistics than in one piece")
+    if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
+        raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
-        data.load_annotations(cfg.data.annotations)
-    if files and cfg.pretrain.checkpoint and not os.path.isfile(cfg.pretrain.checkpoint):
-        raise FileNotFoundError(f"no encoder checkpoint {cfg.pretrain.checkpoint} (pretrain.checkpoint): name one, or null to train it here")
+        annotations = data.load_annotations(cfg.data.annotations)
+        frames = cfg.data.frames if {"lofi", "features"} & set(cfg.stages) else None
+        for which in ("train", "val") if frames else ():
+            data.select(annotations, cfg.data[f"{which}_subset"], frames, ".zip", lambda words: None)
+        for key, path in (("pretrain.checkpoint", cfg.pretrain.checkpoint), ("detect.classes_from", cfg.detect.classes_from)):
+            if path not in (None, "own", "ground_truth") and not os.path.isfile(path):
+                raise FileNotFoundError(f"no file {path} (config key {key})")
 
 
 def build_encoder(cfg, path=None, **options):
@@ -117,8 +125,7 @@ def pretrain(cfg, process):
 
 def save_encoder(cfg, process, encoder, stage, seconds):
     if process.is_main:
-        state = {k: v.cpu() for k, v in encoder.state_dict().items()}
-        engine.write_aside(f"{cfg.out}/{stage}/encoder.pt", lambda f: torch.save({"model": state, "encoder": dict(cfg.encoder), "seconds": seconds}, f))
+        engine.save_weights(encoder, f"{cfg.out}/{stage}/encoder.pt", encoder=dict(cfg.encoder), seconds=seconds)
 
 
 def encoder_path(cfg, stage):
@@ -191,8 +198,7 @@ def head(cfg, process):
         model.mean[:], model.std[:], model.video_std[:] = dataset.statistics()
     seconds = fit(model.to(process.device), dataset, [full_fidelity(cfg)], cfg.head, cfg, process, "head")
     if process.is_main:
-        state = {k: v.cpu() for k, v in model.state_dict().items()}
-        engine.write_aside(f"{cfg.out}/head/head.pt", lambda f: torch.save({"model": state, "classes": dataset.classes, "seconds": seconds}, f))
+        engine.save_weights(model, f"{cfg.out}/head/head.pt", classes=dataset.classes, seconds=seconds)
 
 
 def detect(cfg, process):
@@ -203,23 +209,32 @@ def detect(cfg, process):
     model = build_localizer(cfg, channels=dataset.channels, classes=len(dataset.classes))
     model.load_state_dict(saved["model"])
     model.to(process.device).eval()
-    duration, results = {v.name: v.duration for v in dataset.videos}, {}
+    duration, results, proposals = {v.name: v.duration for v in dataset.videos}, {}, {}
+    source = {"own": "video classifier of the run", "ground_truth": "ground truth (analysis)"}.get(cfg.detect.classes_from, f"external file {cfg.detect.classes_from}")
     for batch in engine.batches(dataset, full_fidelity(cfg), 32, data.collate, name="detect", process=process):
         with torch.no_grad():
             start, end, map, logits = model(batch["features"])
-        proposals = evaluate.soft_nms(*model.proposals(start, end, map), sigma=cfg.detect.sigma, top_k=cfg.detect.top_k)
-        results.update(evaluate.fuse_classes(*proposals, batch["name"], [duration[n] for n in batch["name"]], logits.softmax(1),
-                                             dataset.classes, top_k=cfg.detect.classes_per_video))
-    results = {k: v for part in engine.gather(results, process) for k, v in part.items()}
+        kept = evaluate.soft_nms(*model.proposals(start, end, map), sigma=cfg.detect.sigma, top_k=cfg.detect.top_k)
+        names, scores, classes = batch["name"], logits.softmax(1), dataset.classes
+        if cfg.detect.classes_from != "own":
+            truth = cfg.detect.classes_from == "ground_truth"
+            scores, classes = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, names,
+                                                         subset=cfg.data.val_subset, ground_truth=truth)
+        fuse = partial(evaluate.fuse_classes, *kept, names, [duration[n] for n in names])
+        results |= fuse(scores, classes, top_k=cfg.detect.classes_per_video)
+        proposals |= {v: [{k: p[k] for k in ("score", "segment")} for p in found] for v, found in fuse(np.ones((len(names), 1)), [""]).items()}
+    results, proposals = ({k: v for part in engine.gather(x, process) for k, v in part.items()} for x in (results, proposals))
     if not process.is_main:
         return
-    results = {v.name: results[v.name] for v in dataset.videos}  # one order, however many ranks
-    evaluate.save_results(results, f"{cfg.out}/result.json", class_source="video classifier of the run", seed=cfg.seed)
+    order = [v.name for v in dataset.videos]  # one order, however many ranks
+    evaluate.save_results({v: proposals[v] for v in order}, f"{cfg.out}/proposals.json", seed=cfg.seed)
+    evaluate.save_results({v: results[v] for v in order}, f"{cfg.out}/result.json", class_source=source, seed=cfg.seed)
     metrics = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/result.json", subset=cfg.data.val_subset)
+    recall = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/proposals.json", subset=cfg.data.val_subset, ar=True)["AR"]
     described = f"{cfg.data.features or cfg.out + '/features'}/features.json"
     before = json.load(open(described)).get("seconds", 0.0) if os.path.exists(described) else 0.0
     seconds = before + saved["seconds"] + time.monotonic() - started
-    engine.save_json({**metrics, "seconds": seconds, "seed": cfg.seed}, f"{cfg.out}/metrics.json")
+    engine.save_json({**metrics, "AR": recall, "seconds": seconds, "seed": cfg.seed, "videos": data.list_hash(order)}, f"{cfg.out}/metrics.json")
     process.say(f"{cfg.out}: mAP " + ", ".join(f"@{t} {100 * metrics['mAP'][t]:.2f}" for t in ("0.5", "0.75", "0.95"))
                 + f", average {100 * metrics['average_mAP']:.2f} %; evaluated {metrics['evaluated_videos']} of {metrics['ground_truth_videos']} videos")
 
@@ -271,7 +286,7 @@ def main(argv=None):
         if process.world > 1:
             dist.destroy_process_group()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"lofi_tal.py: {error}")
+        sys.exit("lofi_tal.py: " + str(error).rsplit("\nValueError: ", 1)[-1])  # a loader's worker wraps its own in a traceback
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

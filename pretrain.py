@@ -2,6 +2,8 @@
 
 The tasks differ in their clips and labels only; there is one training loop. Every pre-training gives the same thing, an encoder for the later stages.
 """
+import math
+
 import torch
 from torch import nn
 
@@ -62,5 +64,8 @@ def train_classifier(encoder, clips, *, size, seed, options, name, folder, proce
             hits = model(batch["frames"]).argmax(1) == batch["label"]
             right += torch.tensor([hits.sum(), len(hits)])
     right, total = (engine.mean_over_ranks(right.to(process.device)) * process.world).tolist()
+    if not total:
+        process.say(f"{name}: no held-out clips of these {len(clips[2])} classes, no accuracy")
+        return seconds, math.nan
     process.say(f"{name}: top-1 accuracy on {total:.0f} held-out clips of {len(clips[2])} classes: {100 * right / total:.1f} %")
     return seconds, right / total

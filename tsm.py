@@ -8,6 +8,8 @@ NeurIPS 2021, section 3: frame features after global average pooling, averaged o
 
 Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and torchvision only: copy this file where you need it.
 """
+import warnings
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -89,6 +91,7 @@ class TSM(nn.Module):
     maxpool: False for frames much smaller than 112 pixels. frozen_bn: BatchNorm keeps its running statistics in training too
     (its scale and offset still learn); features then do not depend on the batch, nor on how it is spread over GPUs.
     recompute: activation checkpointing; a block keeps its input only and runs again in the backward pass, a third more time for much less memory.
+    With frozen_bn only, else the second run would count into BatchNorm's running statistics again.
     """
 
     def __init__(self, *, depth=18, width=64, shift_div=8, maxpool=True, frozen_bn=False, recompute=False):
@@ -137,7 +140,7 @@ class TSM(nn.Module):
         x = self.maxpool(self.conv1_relu(x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                if self.recompute and torch.is_grad_enabled():
+                if self.recompute and self.frozen_bn and torch.is_grad_enabled():
                     x = checkpoint(shifted_block, block, x, t, self.shift_div, use_reentrant=False)
                 else:
                     x = shifted_block(block, x, t, self.shift_div)
@@ -154,7 +157,17 @@ def load_weights(encoder, source):
     the official TSM release ({"state_dict": ...}, keys like module.base_model.layer1.0.conv1.net.weight). Raises ValueError that lists
     missing and unexpected keys and shapes.
     """
-    state = torch.load(source, map_location="cpu", weights_only=True) if isinstance(source, (str, bytes)) else source
+    state = source
+    if isinstance(source, str):
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a truncated or foreign file makes torch raise
+            raise ValueError(f"{source} cannot be read as a PyTorch checkpoint of tensors ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{source} holds a {type(state).__name__}, expected a state dict")
+    made = state.get("encoder", {})  # what no weight tells, in checkpoints of this project
+    if made and (made["shift_div"], made["maxpool"]) != (encoder.shift_div, not isinstance(encoder.maxpool, nn.Identity)):
+        warnings.warn(f"{source} was trained with shift_div {made['shift_div']}, maxpool {made['maxpool']}; this encoder has others")
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state)
     renamed = {}

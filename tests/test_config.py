@@ -16,6 +16,7 @@ def test_files_change_the_defaults_and_words_change_both(tmp_path):
 @pytest.mark.parametrize("word, message", [
     ("lofi.lrr=1", "lofi.lrr is read by nothing; did you mean lofi.lr"), ("sede=1", "did you mean seed"),
     ("lofi=1", "expected a block of keys"), ("lofi.lr.x=1", "expected one value"), ("lofi.lr", "expected key.sub=value"),
+    ("lofi.cycle=ST", "expected a list"), ("stages=null", "expected a list"), ("lofi.cycle=[S", "no YAML"), ("pretrain.method=[acp]", "expected one value"),
     ("lofi.lr=1e-4", "expected a number.*1.0e-4"), ("data.flip=3", "expected true or false"), ("lofi.epochs=true", "expected a number")])
 def test_wrong_words_are_refused(word, message):
     with pytest.raises(ValueError, match=message):
@@ -25,7 +26,7 @@ def test_wrong_words_are_refused(word, message):
 def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.yaml"):
         config.load(str(tmp_path / "none.yaml"))
-    for text in ("a: [", "just words"):
+    for text in ("a: [", "just words", "lofi: {lr: 1}\nlofi: {epochs: 2}"):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match="bad.yaml"):
             config.load(str(tmp_path / "bad.yaml"))
@@ -67,6 +68,11 @@ def test_every_key_is_read_by_something():
             assert f".{leaf}" in code or f'"{leaf}"' in code or leaf in ("train_subset", "val_subset"), key
 
 
+def test_no_git_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert config.about(config.load("configs/toy.yaml"))["git"] is None
+
+
 def test_a_run_belongs_to_one_config(tmp_path):
     def write(obj, path):
         tmp_path.joinpath("run").mkdir(exist_ok=True)
@@ -79,6 +85,8 @@ def test_a_run_belongs_to_one_config(tmp_path):
     config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain]"]), write)
     (tmp_path / "run/pretrain").mkdir()
     config.open_run(config.load("configs/toy.yaml", [out, "data.workers=5"]), write)  # changes no number; more stages go on from there
+    config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain]"]), write)
+    assert json.load(open(tmp_path / "run/config.json"))["stages"] == ["pretrain", "lofi", "features", "head", "detect"]  # not forgotten
     with pytest.raises(ValueError, match=r"lofi.lr: 0.1 there, 0.2 now\n  seed: 0 there, 4 now"):
         config.open_run(config.load("configs/toy.yaml", [out, "lofi.lr=0.2", "seed=4"]), write)
     with pytest.raises(ValueError, match="stages"):

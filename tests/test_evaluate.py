@@ -650,3 +650,20 @@ def test_module_stands_alone(tmp_path):
     run = subprocess.run([sys.executable, "-c", "import evaluate; print(evaluate.__file__)"], cwd=tmp_path,
                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert run.returncode == 0 and str(tmp_path) in run.stdout and run.stderr == "", run.stderr
+
+
+def test_compare_takes_the_seeds_of_one_row_and_refuses_other_runs_as_seeds(tmp_path):
+    for name, seed, value in (("a0", 0, 0.2), ("a1", 1, 0.4), ("b0", 0, 0.6)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps({"mAP": {"0.5": value}, "average_mAP": value, "seed": seed}))
+    row, = ev.compare([f"A={tmp_path}/runs/a0,{tmp_path}/runs/a1"])
+    assert (row["name"], row["seeds"]) == ("A", 2) and row["average"] == pytest.approx(0.3) and row["std"]["average"] == pytest.approx(0.02 ** 0.5)
+    with pytest.raises(ValueError, match=r"have seeds \[0, 1, 0\]"):
+        ev.compare([f"{tmp_path}/runs"])
+
+
+def test_class_scores_below_zero_are_refused():
+    with pytest.raises(ValueError, match="below 0"):
+        ev.load_class_scores({"v": [{"label": "x", "score": -1.5}]}, ["v"])
+    with pytest.raises(ValueError, match="below 0"):
+        ev.load_class_scores({"results": {"v": [-1.5, 0.1]}, "class": ["x", "y"]}, ["v"])

@@ -52,8 +52,9 @@ def whole(toy_data, tmp_path_factory):
 def test_a_run_leaves_everything_that_a_number_needs(whole, toy_data):
     metrics, results = result_of(whole)
     assert metrics["evaluated_videos"] == metrics["ground_truth_videos"] == 8 and 0 <= metrics["average_mAP"] <= 1
+    assert 0 <= metrics["AR"]["AR@1"] <= metrics["AR"]["AR@100"] <= 1 and len(metrics["videos"]) == 16
     assert all(0 <= d["segment"][0] < d["segment"][1] <= 8 for ds in results.values() for d in ds) and min(map(len, results.values())) > 3
-    assert set(os.listdir(whole)) == {"config.json", "versions.json", "pretrain", "lofi", "features", "head", "result.json", "metrics.json"}
+    assert set(os.listdir(whole)) == {"config.json", "versions.json", "pretrain", "lofi", "features", "head", "result.json", "proposals.json", "metrics.json"}
     lines = [json.loads(line) for line in open(f"{whole}/lofi/metrics.jsonl")]
     assert [r["fidelity"] for r in lines] == ["S", "T", "ST"] and {"loss", "node", "regression", "classification", "lr"} <= set(lines[0])
     features = json.load(open(f"{whole}/features/features.json"))
@@ -70,7 +71,20 @@ def test_a_finished_run_is_not_run_again(whole, toy_data, capsys):
     assert before == {f: os.stat(f"{whole}/{f}").st_mtime_ns for f in before}
 
 
-def test_ctrl_c_in_stage_lofi_and_the_same_command_again_give_the_same_result(whole, toy_data, tmp_path):
+def test_classes_can_come_from_elsewhere_and_every_output_says_so(whole, toy_data, tmp_path, capsys):
+    (tmp_path / "scores.json").write_text(json.dumps({"results": {f"toy_{i:05d}": [0.25, 0.75] for i in range(8, 16)}, "class": ["jump", "orbit_left"]}))
+    words = [f"data.features={whole}/features", "stages=[head,detect]", "head.epochs=1"]
+    for source, said in ((tmp_path / "scores.json", "external file"), ("ground_truth", "ground truth (analysis)")):
+        out = tmp_path / said
+        lofi_tal.main(arguments(toy_data, out, *words, f"detect.classes_from={source}"))
+        metrics, results = result_of(out)
+        assert said in metrics["class_source"]
+        labels = {d["label"] for d in results["toy_00008"]}
+        assert labels == ({"jump", "orbit_left"} if "external" in said else {"figure_eight"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_stage_lofi_and_the_same_command_again_give_the_same_result(whole, toy_data, tmp_path, number):
     words = ["lofi.epochs=20", "lofi.batch_size=2", f"pretrain.checkpoint={whole}/pretrain/encoder.pt"]
     lofi_tal.main(arguments(toy_data, tmp_path / "undisturbed", *words))
     command = [sys.executable, "lofi_tal.py", *arguments(toy_data, tmp_path / "run", "data.workers=1", *words)]
@@ -79,9 +93,9 @@ def test_ctrl_c_in_stage_lofi_and_the_same_command_again_give_the_same_result(wh
     for line in process.stdout:
         said.append(line)
         if line.startswith("lofi 2/20"):
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole process group, loader workers too
-    assert process.wait(60) == 130, "".join(said)
-    assert "stopped by SIGINT in epoch" in said[-1] and "Traceback" not in "".join(said)
+            os.killpg(process.pid, number)  # as a terminal or a scheduler does: the whole process group, loader workers too
+    assert process.wait(60) == 128 + number, "".join(said)
+    assert f"stopped by {number.name} in epoch" in said[-1] and "Traceback" not in "".join(said)
     assert not os.path.exists(tmp_path / "run/lofi/encoder.pt")
     again = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
     assert again.returncode == 0, again.stderr
@@ -193,6 +207,8 @@ def test_acp_plus_and_icp_feed_the_same_stages(whole, toy_data, tmp_path, capsys
     assert "icp: top-1 accuracy on 2 held-out clips of 24 classes" in said and "acp_plus: top-1 accuracy on" in said
     one, other = (torch.load(f, weights_only=True) for f in (f"{whole}/pretrain/encoder.pt", tmp_path / "plus/pretrain/encoder.pt"))
     assert other["seconds"] > one["seconds"] > 0  # the cost of what it was made from is in it
+    with pytest.warns(UserWarning, match="trained with shift_div 0"):  # no weight tells that
+        lofi_tal.main(arguments(toy_data, tmp_path / "other", "stages=[pretrain]", f"pretrain.checkpoint={tmp_path}/icp/pretrain/encoder.pt"))
 
 
 def test_bmn_is_one_word_away(whole, toy_data, tmp_path):
@@ -215,8 +231,14 @@ def test_bad_input_is_one_clear_error(whole, toy_data, tmp_path):
     assert "did you mean lofi.epochs" in fails(argv + ["--set", "lofi.epoch=1"])
     assert "pretrain.method has 'acpp', expected none, icp, acp, acp_plus" in fails(argv + ["--set", "pretrain.method=acpp"])
     assert "lofi.cycle is ['X']" in fails(argv + ["--set", "lofi.cycle=[X]"])
+    assert "lofi.optimizer has 'lion', expected sgd" in fails(argv + ["--set", "lofi.optimizer=lion"])
+    assert "head.schedule has 'linear'" in fails(argv + ["--set", "head.schedule=linear"])
+    assert "lofi.epochs is 2.5, expected a whole number" in fails(argv + ["--set", "lofi.epochs=2.5"])
+    assert "need lofi.batchnorm frozen" in fails(argv + ["--set", "lofi.batchnorm=train", "lofi.accumulate=2"])
+    assert "device 'gpu': expected auto" in fails(argv + ["--set", "device=gpu"])
+    assert "no file cuhk.json (config key detect.classes_from)" in fails(argv + ["--set", "detect.classes_from=cuhk.json"])
     assert "stages has 'lofy'" in fails(argv + ["--set", "stages=[lofy]"])
-    assert "no encoder checkpoint none.pt" in fails(argv + ["--set", "pretrain.checkpoint=none.pt"])
+    assert "no file none.pt (config key pretrain.checkpoint)" in fails(argv + ["--set", "pretrain.checkpoint=none.pt"])
     assert "list stage pretrain before it" in fails(argv + ["--set", "stages=[features]"])
     assert "head.pt" in fails(argv + ["--set", "stages=[detect]"])
     message = fails(arguments(toy_data, whole, "lofi.lr=0.3"))

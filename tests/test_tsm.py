@@ -85,6 +85,9 @@ def test_official_tsm_checkpoints_load_and_do_not_load_by_half(tmp_path):
     state["module.base_model.bn1.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"missing layer1.0.conv1.weight; unexpected odd; bn1.bias has shape \(3,\), expected \(8,\)"):
         load_weights(other, state)
+    (tmp_path / "torn.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="torn.pt cannot be read"):
+        load_weights(other, str(tmp_path / "torn.pt"))
 
 
 def test_frozen_batchnorm_keeps_its_statistics_and_learns_its_scale():
@@ -136,6 +139,7 @@ def test_recomputation_gives_the_plain_gradient(frozen):
     plain, again = (TSM(width=8, maxpool=False, frozen_bn=frozen, recompute=r).double().train() for r in (False, True))
     again.load_state_dict(plain.state_dict())
     torch.testing.assert_close(gradients(plain, frames), gradients(again, frames), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(plain.state_dict(), again.state_dict())  # running statistics too
 
 
 def test_a_compiled_encoder_gives_the_plain_gradient():
