@@ -84,3 +84,19 @@ def test_bmn_scores_have_the_boundaries_in_them():
     segments, scores, valid = model.proposals(start, end, map)
     s, e = (segments[0, 0] * 8).round().long().tolist()
     torch.testing.assert_close(scores[0, 0], start[0, s] * end[0, min(e, 7)] * map[0, 0, e - s - 1, s] * map[0, 1, e - s - 1, s])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, dict(accumulate=2), dict(chunk=3)])
+def test_a_step_on_the_gpu_is_that_on_the_cpu(options):
+    model, batch = model_and_batch()
+    whole, expected = step(model, batch)
+    model.cuda()
+    terms, gradients = step(model, {**batch, "frames": batch["frames"].cuda()}, **options)
+    for key in whole:
+        torch.testing.assert_close(terms[key].cpu(), whole[key], rtol=1e-6, atol=1e-8)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name].cpu(), gradient, rtol=1e-5, atol=1e-8, msg=name)
+    model.float()
+    terms, _ = step(model, {**batch, "frames": batch["frames"].cuda()}, autocast=lambda: torch.autocast("cuda", torch.bfloat16), **options)
+    assert terms["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.1)
