@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from tsm import TSM, load_weights
 
 
 PHASES = {"none": [], "icp": ["icp"], "acp": ["acp"], "acp_plus": ["acp", "acp_plus"]}  # of stage pretrain, by method
+load_annotations = lru_cache(1)(data.load_annotations)  # one reading serves the check and every stage of a run
 
 
 def check(cfg, files=True):
@@ -49,10 +50,9 @@ def check(cfg, files=True):
     if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
         raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
-        annotations = data.load_annotations(cfg.data.annotations)
-        frames = cfg.data.frames if {"lofi", "features"} & set(cfg.stages) else None
-        for which in ("train", "val") if frames else ():
-            data.select(annotations, cfg.data[f"{which}_subset"], frames, ".zip", lambda words: None)
+        annotations = load_annotations(cfg.data.annotations)
+        for which in ("train", "val") if {"lofi", "features"} & set(cfg.stages) else ():
+            data.select(annotations, cfg.data[f"{which}_subset"], cfg.data.frames, ".zip", lambda words: None)
         for key, path in (("pretrain.checkpoint", cfg.pretrain.checkpoint), ("detect.classes_from", cfg.detect.classes_from)):
             if path not in (None, "own", "ground_truth") and not os.path.isfile(path):
                 raise FileNotFoundError(f"no file {path} (config key {key})")
@@ -92,7 +92,7 @@ def seconds_of(path):
 
 
 def subset(cfg, process, which, folder, suffix):
-    return data.select(data.load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], folder, suffix, process.say)
+    return data.select(load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], folder, suffix, process.say)
 
 
 def full_fidelity(cfg):
