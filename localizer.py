@@ -1,9 +1,14 @@
-"""Encoder, localization head and video classifier behind one module, and one step of training it."""
+"""Encoder, localization head and video classifier behind one module; one step of training it, and its detections."""
 import contextlib
+from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
+import data
+import engine
+import evaluate
 import gtad
 from bmn import BMN
 
@@ -94,3 +99,48 @@ def train_step(net, batch, *, loss, class_weight, generator, shard, reduce, auto
         for key, value in {"loss": total, **terms}.items():
             sums[key] = sums.get(key, 0) + value.detach()
     return sums
+
+
+def train(model, dataset, fidelities, *, options, loss, seed, name, folder, process, workers=0, save_sec=60.0, about=None, **cycle):
+    """Trains a Localizer in place on a VideoDataset or FeatureDataset, cycling through `fidelities`; returns seconds.
+
+    options: batch_size (over all processes), class_weight, accumulate, chunk, and those of engine.fit. cycle: order and period of the
+    CyclicFidelitySampler. Losses take their random subsets from (seed, name, epoch, step), the same on every process.
+    """
+    accumulate, chunk, autocast = options.get("accumulate", 1), options.get("chunk", 0), partial(engine.autocast, process.device)
+    if options["batch_size"] % (process.world * accumulate):
+        raise ValueError(f"{name}.batch_size {options['batch_size']} cannot be divided evenly over {process.world} processes and {accumulate} micro-batches")
+
+    def step(net, batch, epoch, i):
+        generator = torch.Generator().manual_seed(data.seed_of(seed, name, epoch, i))
+        terms = train_step(net, batch, loss=loss, class_weight=options["class_weight"], generator=generator, shard=(process.rank, process.world),
+                           reduce=engine.mean_over_ranks, autocast=autocast, accumulate=accumulate, chunk=chunk)
+        if chunk:
+            engine.average_gradients(model)
+        return terms
+    sampler = data.CyclicFidelitySampler(len(dataset), options["batch_size"], fidelities, seed=data.seed_of(seed, name), rank=process.rank,
+                                         world=process.world, **cycle)
+    return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
+                      save_sec=save_sec, about=about)[0]
+
+
+@torch.no_grad()
+def encode(encoder, frames, chunk, autocast=contextlib.nullcontext):
+    """frames (B, L, T, 3, H, W) -> features (B, C, L) float32, by a frozen encoder, `chunk` snippets at once."""
+    with autocast():
+        return torch.cat([encoder(c).float() for c in frames.split(chunk, dim=1)], 2)
+
+
+@torch.no_grad()
+def detections(model, features, names, durations, classes, *, sigma, top_k, classes_per_video, class_scores=None):
+    """Features (B, C, L) -> detections and class-agnostic proposals, {video: [{"label", "score", "segment"}]} and without labels, in seconds.
+
+    names, durations (seconds), classes: lists. sigma, top_k: of soft-NMS. class_scores: (scores (B, n), n classes) from elsewhere, in place
+    of the model's own video classifier.
+    """
+    start, end, map, logits = model(features)
+    kept = evaluate.soft_nms(*model.proposals(start, end, map), sigma=sigma, top_k=top_k)
+    fuse = partial(evaluate.fuse_classes, *kept, names, durations)
+    found = fuse(*(class_scores or (logits.softmax(1), classes)), top_k=classes_per_video)
+    agnostic = fuse(np.ones((len(names), 1)), [""])
+    return found, {v: [{k: p[k] for k in ("score", "segment")} for p in proposals] for v, proposals in agnostic.items()}

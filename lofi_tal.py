@@ -27,7 +27,7 @@ import config
 import data
 import engine
 import evaluate
-from localizer import HEADS, Localizer, train_step
+from localizer import HEADS, Localizer, detections, encode, train, train_step
 from pretrain import clips_of, train_classifier
 from tsm import TSM, load_weights
 
@@ -68,22 +68,8 @@ def build_localizer(cfg, **options):
 
 
 def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
-    def step(net, batch, epoch, i):
-        generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, name, epoch, i))  # the same on every rank
-        terms = train_step(net, batch, loss=cfg.loss, class_weight=options.class_weight, generator=generator, shard=(process.rank, process.world), reduce=engine.mean_over_ranks,
-                           autocast=autocast, accumulate=options.get("accumulate", 1), chunk=options.get("chunk", 0))
-        if options.get("chunk"):
-            engine.average_gradients(model)
-        return terms
-    autocast = partial(engine.autocast, process.device)
-    parts = process.world * options.get("accumulate", 1)
-    if options.batch_size % parts:
-        raise ValueError(f"{name}.batch_size {options.batch_size} cannot be divided evenly over {process.world} processes"
-                         f" and {parts // process.world} micro-batches")
-    sampler = data.CyclicFidelitySampler(len(dataset), options.batch_size, fidelities, seed=data.seed_of(cfg.seed, name),
-                                         rank=process.rank, world=process.world, **cycle)
-    return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=f"{cfg.out}/{name}", process=process,
-                      workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg))[0]
+    return train(model, dataset, fidelities, options=options, loss=cfg.loss, seed=cfg.seed, name=name, folder=f"{cfg.out}/{name}", process=process,
+                 workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg), **cycle)
 
 
 def seconds_of(path):
@@ -172,9 +158,7 @@ def features(cfg, process):
         encoded += len(dataset.videos)
         engine.barrier(process)  # every rank has looked before any writes
         for batch in engine.batches(dataset, full_fidelity(cfg), 1, data.collate, name=f"features {which}", process=process, workers=cfg.data.workers):
-            with torch.no_grad(), engine.autocast(process.device):
-                chunks = [encoder(c) for c in batch["frames"].split(cfg.features.chunk, dim=1)]
-            x = torch.cat(chunks, 2)[0].t().float().cpu().numpy()  # (L, C)
+            x = encode(encoder, batch["frames"], cfg.features.chunk, partial(engine.autocast, process.device))[0].t().cpu().numpy()  # (L, C)
             engine.write_aside(f"{cfg.out}/features/{batch['name'][0]}.npy", partial(np.save, arr=x, allow_pickle=False))
     engine.barrier(process)
     if process.is_main:
@@ -212,17 +196,15 @@ def detect(cfg, process):
     duration, results, proposals = {v.name: v.duration for v in dataset.videos}, {}, {}
     source = {"own": "video classifier of the run", "ground_truth": "ground truth (analysis)"}.get(cfg.detect.classes_from, f"external file {cfg.detect.classes_from}")
     for batch in engine.batches(dataset, full_fidelity(cfg), 32, data.collate, name="detect", process=process):
-        with torch.no_grad():
-            start, end, map, logits = model(batch["features"])
-        kept = evaluate.soft_nms(*model.proposals(start, end, map), sigma=cfg.detect.sigma, top_k=cfg.detect.top_k)
-        names, scores, classes = batch["name"], logits.softmax(1), dataset.classes
+        names, class_scores = batch["name"], None
         if cfg.detect.classes_from != "own":
             truth = cfg.detect.classes_from == "ground_truth"
-            scores, classes = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, names,
-                                                         subset=cfg.data.val_subset, ground_truth=truth)
-        fuse = partial(evaluate.fuse_classes, *kept, names, [duration[n] for n in names])
-        results |= fuse(scores, classes, top_k=cfg.detect.classes_per_video)
-        proposals |= {v: [{k: p[k] for k in ("score", "segment")} for p in found] for v, found in fuse(np.ones((len(names), 1)), [""]).items()}
+            class_scores = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, names,
+                                                      subset=cfg.data.val_subset, ground_truth=truth)
+        found = detections(model, batch["features"], names, [duration[n] for n in names], dataset.classes, sigma=cfg.detect.sigma,
+                           top_k=cfg.detect.top_k, classes_per_video=cfg.detect.classes_per_video, class_scores=class_scores)
+        results |= found[0]
+        proposals |= found[1]
     results, proposals = ({k: v for part in engine.gather(x, process) for k, v in part.items()} for x in (results, proposals))
     if not process.is_main:
         return
