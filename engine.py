@@ -3,6 +3,7 @@
 Everything random in a step must be a pure function of (epoch, step): then a run that was stopped anywhere and started again ends with the
 weights of an undisturbed one, bit for bit on CPU, and a checkpoint needs no random state.
 """
+import datetime
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+import uuid
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,28 @@ class Process(NamedTuple):
             sys.stdout.flush()
 
 
+def agree(store, rank, world, timeout_sec=600):
+    """A word that the processes of this very start share, and no earlier ones. torchrun's restart counts do not serve: nodes count differently.
+    Each process asks under a name that it has just made up, so that no answer to a dead one is taken for its own."""
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", word)
+        word = store.get(f"answer/{word}").decode()
+        store.set(f"heard/{word}/{rank}", "")
+        return word
+    missing, deadline = set(range(1, world)), time.monotonic() + timeout_sec
+    while missing:
+        for r in sorted(missing):
+            if store.check([f"asks/{r}"]):  # perhaps a dead one's: then it is asked anew
+                store.set(f"answer/{store.get(f'asks/{r}').decode()}", word)
+            if store.check([f"heard/{word}/{r}"]):
+                missing.remove(r)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {sorted(missing)} of {world} have not joined after {timeout_sec} s: see what they said, and whether all nodes were started")
+        time.sleep(0.01)
+    return word
+
+
 def start_process(device="auto"):
     """This process' place: joins torchrun's group when torchrun started it (NCCL on GPUs, gloo on CPU), else stands alone."""
     if device not in ("auto", "cpu", "cuda"):
@@ -47,10 +71,10 @@ def start_process(device="auto"):
     if cuda:
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # After a restart on one machine torchrun's store still holds the addresses of the dead: look elsewhere in it.
-        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    # After a restart torchrun's store still holds the addresses of the dead: look elsewhere in it.
+    store = dist.PrefixStore(agree(store, rank, world), store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=datetime.timedelta(hours=1))  # one process may encode an hour longer than another
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 

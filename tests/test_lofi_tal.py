@@ -132,18 +132,6 @@ def test_two_processes_give_the_losses_and_weights_of_one(whole, toy_data, tmp_p
     assert "cannot be divided evenly over 1 processes and 3 micro-batches" in fails(arguments(toy_data, tmp_path / "three", *common, "lofi.accumulate=3"))
 
 
-def test_two_torchrun_agents_stand_for_two_nodes(whole, toy_data, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [*torchrun("1", "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"), "lofi_tal.py",
-               *arguments(toy_data, tmp_path / "run", "stages=[pretrain,lofi]", f"pretrain.checkpoint={whole}/pretrain/encoder.pt")]
-    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV) for _ in range(2)]
-    said = [node.communicate(timeout=200)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    same_encoder(whole, tmp_path / "run")
-
-
 def wait_for(path, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not os.path.exists(path):
@@ -151,15 +139,25 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_kill_9_of_one_rank_under_max_restarts_ends_with_the_weights_of_an_undisturbed_run(whole, toy_data, tmp_path):
-    command = [*torchrun("2", "--standalone", "--max-restarts=1"), "lofi_tal.py",
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_kill_9_of_one_rank_under_max_restarts_ends_with_the_weights_of_an_undisturbed_run(whole, toy_data, tmp_path, nodes):
+    """On one machine, and on two nodes, for which two torchrun agents stand."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{s.getsockname()[1]}", "--rdzv_id=test"] if nodes > 1 else ["--standalone"]
+    command = [*torchrun(str(2 // nodes), "--max-restarts=1", *rendezvous), "lofi_tal.py",
                *arguments(toy_data, tmp_path / "run", "stages=[pretrain,lofi]", "checkpoint_sec=0", f"pretrain.checkpoint={whole}/pretrain/encoder.pt")]
-    agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
-    wait_for(tmp_path / "run/lofi/checkpoint.pt", agent)
-    workers = open(f"/proc/{agent.pid}/task/{agent.pid}/children").read().split()
+    agents = [subprocess.Popen(command, stdout=open(tmp_path / f"log{n}", "w"), stderr=subprocess.STDOUT, env=ENV) for n in range(nodes)]
+    wait_for(tmp_path / "run/lofi/checkpoint.pt", agents[0])
+    workers = open(f"/proc/{agents[-1].pid}/task/{agents[-1].pid}/children").read().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    said = agent.communicate(timeout=200)[0]
-    assert agent.returncode == 0, said
+    try:
+        ends = [agent.wait(timeout=100) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = "".join(open(tmp_path / f"log{n}").read() for n in range(nodes))
+    assert ends == [0] * nodes, said
     assert "lofi: resuming at epoch" in said
     same_encoder(whole, tmp_path / "run")
 
@@ -286,7 +284,7 @@ def test_dry_run_of_the_papers_config_needs_no_data(tmp_path, capsys):
     assert not os.path.exists(tmp_path / "x")
 
 
-@pytest.mark.parametrize("module", ["tsm", "gtad", "evaluate"])
+@pytest.mark.parametrize("module", ["tsm", "gtad", "sola", "evaluate"])
 def test_modules_can_be_copied_alone(module, tmp_path):
     shutil.copy(f"{module}.py", tmp_path)
     done = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True, env=ENV)
