@@ -1,9 +1,11 @@
 """A run's config: configs/default.yaml, then a file, then key=value words; a run's folder, with what a number needs to be believed."""
 import difflib
+import glob
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import torch
@@ -130,6 +132,9 @@ def open_run(cfg, write_json, main=True, **facts):
                              + "\nname another folder with --set out=..., or remove that one yourself")
         cfg = merge(cfg, {"stages": max(old["stages"], cfg["stages"], key=len)})  # what was once made stays in the record
     if main:
+        for part in glob.glob(f"{glob.escape(cfg['out'])}/**/*.part-*", recursive=True):  # what a killed start was writing
+            if time.time() - os.path.getmtime(part) > 60:
+                os.remove(part)
         write_json({"git": about(cfg)["git"], "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "numpy": np.__version__, **facts}, f"{cfg.out}/versions.json")
         write_json(cfg, path)

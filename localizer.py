@@ -1,5 +1,6 @@
 """Encoder, localization head and video classifier behind one module; one step of training it, and its detections."""
 import contextlib
+import time
 from functools import partial
 
 import numpy as np
@@ -122,6 +123,26 @@ def train(model, dataset, fidelities, *, options, loss, seed, name, folder, proc
                                          world=process.world, **cycle)
     return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
                       save_sec=save_sec, about=about)[0]
+
+
+def dry_run(model, fidelities, frames_per_snippet, *, options, loss, device, say=print):
+    """Takes one training step of one video of random frames at each fidelity, and says shapes, parameters, seconds and memory."""
+    model.train()
+    count = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in (("encoder", model.encoder), ("head", model.head))}
+    say(f"encoder {count['encoder']:.2f} M parameters, {model.encoder.channels} channels; {model.name} head {count['head']:.2f} M")
+    optimizer = engine.make_optimizer(model.parameters(), **{k: options[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
+    for f in fidelities:
+        frames = torch.randint(0, 256, (1, f.snippets, frames_per_snippet, 3, f.size, f.size), dtype=torch.uint8, device=device)
+        batch = {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])]}
+        if model.classifier is not None:
+            batch["target"] = torch.full((1, model.classifier.out_features), 1 / model.classifier.out_features, device=device)
+        started = time.monotonic()
+        terms = train_step(model, batch, loss=loss, class_weight=options["class_weight"], generator=None, shard=(0, 1), reduce=None,
+                           autocast=partial(engine.autocast, device), chunk=options["chunk"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        say(f"{f.name}: frames {tuple(frames.shape)} -> features (1, {model.encoder.channels}, {f.snippets}), loss {terms['loss']:.2f}, "
+            f"{time.monotonic() - started:.1f} s a video, peak memory so far {engine.peak_memory_gb(device):.2f} GB")
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 import glob
 import json
+import os
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_every_key_is_read_by_something():
     import bmn
     import gtad
     import tsm
-    code = "".join(open(f).read() for f in ("lofi_tal.py", "engine.py", "pretrain.py", "config.py"))
+    code = "".join(open(f).read() for f in glob.glob("*.py"))
     arguments = set(inspect.signature(gtad.GTAD).parameters) | set(inspect.signature(bmn.BMN).parameters) | set(inspect.signature(tsm.TSM).parameters)
     for key in config.flat(config.read_yaml("configs/default.yaml")):
         leaf = key.rsplit(".", 1)[-1]
@@ -91,3 +92,13 @@ def test_a_run_belongs_to_one_config(tmp_path):
         config.open_run(config.load("configs/toy.yaml", [out, "lofi.lr=0.2", "seed=4"]), write)
     with pytest.raises(ValueError, match="stages"):
         config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain, features]"]), write)
+
+
+def test_what_a_killed_start_was_writing_is_removed(tmp_path):
+    cfg = config.load(f"{config.HERE}/configs/toy.yaml", [f"out={tmp_path}/run"])
+    (tmp_path / "run/features").mkdir(parents=True)
+    old, new = tmp_path / "run/features/v1.npy.part-77", tmp_path / "run/features/v2.npy.part-78"  # of a dead process; of a live one
+    old.write_text("half"), new.write_text("half")
+    os.utime(old, (0, 0))
+    config.open_run(cfg, lambda obj, path: open(path, "w").write("{}"))
+    assert not old.exists() and new.exists()
