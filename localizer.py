@@ -58,15 +58,20 @@ def _chunked(net, frames, chunk, autocast):
     each chunk again, with its features' gradient. Exact if a snippet's features do not depend on the others', as with frozen BatchNorm."""
     model = getattr(net, "module", net)
     chunks = frames.split(chunk, dim=1)
+    seeds = torch.randint(2**62, (len(chunks),)).tolist()  # dropout and stochastic depth draw the same in both passes
+
+    def encode_chunk(k):
+        torch.manual_seed(seeds[k])
+        return model.encoder(chunks[k])
     with torch.no_grad():
-        features = torch.cat([model.encoder(c) for c in chunks], dim=2)
+        features = torch.cat([encode_chunk(k) for k in range(len(chunks))], dim=2)
     features.requires_grad_()
 
     def backward(loss):
         loss.backward()
-        for c, gradient in zip(chunks, features.grad.split(chunk, dim=2)):
+        for k, gradient in enumerate(features.grad.split(chunk, dim=2)):
             with autocast():
-                again = model.encoder(c)
+                again = encode_chunk(k)
             again.backward(gradient)
     return model.localize(features), backward
 
@@ -114,6 +119,7 @@ def train(model, dataset, fidelities, *, options, loss, seed, name, folder, proc
 
     def step(net, batch, epoch, i):
         generator = torch.Generator().manual_seed(data.seed_of(seed, name, epoch, i))
+        torch.manual_seed(data.seed_of(seed, name, epoch, i, process.rank))  # of dropout, if there is any: a resumed run draws what an undisturbed one draws
         terms = train_step(net, batch, loss=loss, class_weight=options["class_weight"], generator=generator, shard=(process.rank, process.world),
                            reduce=engine.mean_over_ranks, autocast=autocast, accumulate=accumulate, chunk=chunk)
         if chunk:

@@ -53,6 +53,25 @@ def test_accumulation_and_chunks_leave_the_gradient_as_it_is(options, durations)
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
+def test_dropout_draws_the_same_in_both_passes_over_the_chunks():
+    class Noisy(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder, self.dropout, self.seen = encoder, torch.nn.Dropout(0.5), []
+
+        def forward(self, frames):
+            x = self.dropout(self.encoder(frames))
+            self.seen.append(x.detach())
+            return x
+    model, batch = model_and_batch()
+    model.encoder = Noisy(model.encoder)
+    step(model, batch, chunk=3)
+    first, second = model.encoder.seen[:3], model.encoder.seen[3:]
+    assert (first[0] == 0).double().mean() > 0.4 and not torch.equal(first[0] == 0, first[1] == 0)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_head_and_the_classifier_see_their_own_standardized_features():
     torch.manual_seed(0)
     model = Localizer("gtad", SIZES, channels=8, classes=3)
