@@ -207,8 +207,9 @@ def to_device(batch, device):
 
 
 def batches(dataset, fidelity, size, collate, *, name, process, workers=0):
-    """Batches of a data set in order, on the device, with a progress bar; each rank its share, so that each sample comes once."""
-    own = range(process.rank, len(dataset), process.world)
+    """Batches of a data set in order, on the device, with a progress bar; each rank its share, dataset.share(rank, world) if the data set decides
+    that itself, so that each sample comes once."""
+    own = dataset.share(process.rank, process.world) if hasattr(dataset, "share") else range(process.rank, len(dataset), process.world)
     loader = make_loader(dataset, [[(i, fidelity) for i in own[k:k + size]] for k in range(0, len(own), size)], collate, workers, process.device)
     for batch in tqdm(loader, name, unit="batch", leave=False, disable=not (process.is_main and sys.stderr.isatty())):
         yield to_device(batch, process.device)

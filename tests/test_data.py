@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import sys
 import zipfile
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from torchcodec.encoders import JpegEncoder
 
 import data
+import media
 import toy
 
 
@@ -51,12 +54,104 @@ def test_videos_without_frames_are_counted_named_and_left_out(tmp_path):
     subsets = data.load_annotations(write_annotations(tmp_path / "a.json", {"v": entry(), "w": entry(), "x": entry()}))
     (tmp_path / "v.zip").touch()
     said = []
-    assert [v.name for v in data.select(subsets, "training", str(tmp_path), ".zip", said.append)] == ["v"]
+    assert [v.name for v in data.select(subsets, "training", str(tmp_path), "frames", said.append)] == ["v"]
     assert len(said) == 1 and "2 of 3" in said[0] and "w, x" in said[0]
-    with pytest.raises(ValueError, match="none of the 3 training videos has a .npy file"):
-        data.select(subsets, "training", str(tmp_path), ".npy", said.append)
+    with pytest.raises(ValueError, match="none of the 3 training videos has features"):
+        data.select(subsets, "training", str(tmp_path), "features", said.append)
     with pytest.raises(ValueError, match=r"subset 'train'.*\['training'\]"):
-        data.select(subsets, "train", str(tmp_path), ".zip", said.append)
+        data.select(subsets, "train", str(tmp_path), "frames", said.append)
+
+
+SHARED = os.path.join(os.path.dirname(__file__), "../../shared/data")
+
+
+def shared(name):
+    path = f"{SHARED}/{name}"
+    return path if os.path.exists(path) else pytest.skip(f"no {name} here")
+
+
+def test_many_videos_are_a_sequence_in_arrays(tmp_path):
+    path = write_annotations(tmp_path / "a.json", {f"v{i}": entry(duration=10.0 + i, segments=[(k, k + 1.0) for k in range(i)], label=f"c{i % 2}") for i in range(5)})
+    videos = data.load_annotations(path)["training"]
+    assert [v.name for v in videos] == ["v0", "v1", "v2", "v3", "v4"] and len(videos) == 5
+    assert videos[-1].name == "v4" and videos[-1].labels == ("c0",) * 4 and videos[0].segments.shape == (0, 2)
+    torch.testing.assert_close(videos[3].segments, torch.tensor([[0, 1], [1, 2], [2, 3]]) / 13.0)
+    some = videos.take([4, 1, 3], paths=["/4", "/1", "/3"])
+    assert [(v.name, len(v.segments), v.labels[0], v.path) for v in some] == [("v4", 4, "c0", "/4"), ("v1", 1, "c1", "/1"), ("v3", 3, "c1", "/3")]
+    torch.testing.assert_close(some[2].segments, videos[3].segments)
+    assert [v.path for v in some[1:]] == ["/1", "/3"] and data.class_names(some) == ["c0", "c1"] and data.class_names(videos[:2]) == ["c1"]
+    assert list(videos.take([])) == []
+    for i in (5, -6):
+        with pytest.raises(IndexError):
+            videos[i]
+    names = data.Strings(["a", "", "späte Häuser", "\ud800"])
+    assert list(names) == ["a", "", "späte Häuser", "\ud800"] and names[-1] == "\ud800"
+
+
+def test_segments_with_problems_are_counted_said_and_do_not_stop(tmp_path):
+    segments = [(2, 5), (2, 5), (5, 5), (7, 6), (-1, 3), (9, 12), (20, 30), (math.nan, 3), (10, 10.005)]
+    path = write_annotations(tmp_path / "a.json", {"v": entry(segments=segments), "w": entry(label="Ambiguous")})
+    videos = data.load_annotations(path)["training"]
+    assert {k: rows.tolist() for k, rows in data.segment_problems(videos).items()} == {
+        "segment is not a number": [7], "segment ends before it starts": [2, 3], "segment outside the video": [4, 5, 6], "segment twice": [1], "label Ambiguous": [9]}
+    torch.testing.assert_close(videos[0].segments, torch.tensor([[0.2, 0.5], [0.2, 0.5], [0, 0.3], [0.9, 1]]))
+    (tmp_path / "v.zip").touch(), (tmp_path / "w.zip").touch()
+    said = []
+    data.select({"training": videos}, "training", str(tmp_path), "frames", said.append)
+    assert len(said) == 1 and "1 x segment is not a number (left out), 2 x segment ends before it starts (left out), 3 x segment outside" in said[0]
+
+
+def test_names_may_be_spelt_with_v_or_without(tmp_path):
+    subsets = data.load_annotations(write_annotations(tmp_path / "a.json", {"a": entry(), "v_b": entry()}))
+    for name in ("v_a", "b"):
+        toy.write_zip(tmp_path / f"{name}.zip", numbered_frames(4), fps=8)
+        np.save(tmp_path / f"{name}.npy", np.ones((3, 2), np.float32))
+    videos = data.select(subsets, "training", str(tmp_path), "frames")
+    assert [(v.name, os.path.basename(v.path)) for v in videos] == [("a", "v_a.zip"), ("v_b", "b.zip")]
+    videos = data.select(subsets, "training", str(tmp_path), "features")
+    assert [s["name"] for s in (data.FeatureDataset(videos, str(tmp_path), [])[i, data.NATIVE] for i in range(2))] == ["a", "v_b"]
+
+
+def test_durations_that_annotations_lack_come_from_elsewhere(tmp_path):
+    bare = {name: {"subset": "train", "annotations": [{"segment": ["1.0", "2.0"], "label": "x"}]} for name in ("v", "w")}
+    subsets = data.load_annotations(write_annotations(tmp_path / "a.json", bare))
+    assert data.class_names(subsets["train"]) == ["x"]
+    with pytest.raises(ValueError, match="video v has no duration"):
+        subsets["train"][0]
+    frames, features = tmp_path / "frames", tmp_path / "features"
+    frames.mkdir(), features.mkdir()
+    toy.write_zip(frames / "v.zip", numbered_frames(32), fps=8)  # 4 s
+    (frames / "w.zip").write_bytes(b"torn")
+    said = []
+    videos = data.select(subsets, "train", str(frames), "frames", said.append)
+    assert [v.name for v in videos] == ["v"] and videos[0].segments.tolist() == [[0.25, 0.5]] and "1 of 2 videos have no duration and are left out: w" in said[0]
+    for name in "vw":
+        np.save(features / f"{name}.npy", np.ones((3, 2), np.float32))
+    with pytest.raises(ValueError, match="none of the 2 train videos has a duration.*data.durations"):
+        data.select(subsets, "train", str(features), "features", said.append)
+    assert [v.duration for v in data.select(subsets, "train", str(features), "features", said.append, frames=str(frames))] == [4]
+    (features / "features.json").write_text(json.dumps({"videos": {"v": {"duration_sec": 5.0}, "w": {"duration_sec": 8}}}))
+    videos = data.select(subsets, "train", str(features), "features", said.append)
+    assert [v.duration for v in videos] == [5, 8] and videos[1].segments.tolist() == [[0.125, 0.25]]
+    (tmp_path / "d.json").write_text('{"v_v": "10", "w": 20}')
+    assert [v.duration for v in data.select(subsets, "train", str(features), "features", said.append, durations=str(tmp_path / "d.json"))] == [10, 20]
+
+
+def test_real_annotation_files(tmp_path):
+    anet = data.load_annotations(shared("anet13_annotations.json"))
+    assert {k: (len(v), len(v.segments), len(data.class_names(v))) for k, v in anet.items()} == {"training": (9649, 14859, 200), "validation": (4728, 7293, 200)}
+    problems = {k: len(rows) for k, rows in data.segment_problems(anet["validation"]).items()}
+    with open(shared("anet13_annotations.json")) as f:
+        database = json.load(f)["database"]
+    twice = sum(len(v["annotations"]) - len({(*a["segment"], a["label"]) for a in v["annotations"]}) for v in database.values() if v["subset"] == "validation")
+    assert problems["segment ends before it starts"] == 3 and problems["segment twice"] == twice > 0  # the three that the field knows
+    for video in anet["validation"][::97]:
+        info = database[video.name]
+        segments = torch.tensor([a["segment"] for a in info["annotations"]], dtype=torch.float64) / info["duration"]
+        torch.testing.assert_close(video.segments.double(), segments.clamp(0, 1), atol=1e-6, rtol=0)
+    thumos = data.load_annotations(shared("thumos14_annotations.json"))
+    assert {k: (len(v), len(v.segments)) for k, v in thumos.items()} == {"train": (200, 3007), "test": (210, 3311)}
+    assert np.isnan(thumos["test"].duration).all() and len(data.class_names(thumos["test"])) == 20
 
 
 # ---------------------------------------------------------------- fidelities and the sampler
@@ -166,6 +261,64 @@ def test_views_are_random_by_epoch_and_video_and_the_same_again(tmp_path):
     assert any(rising) and not all(rising)  # flipped and not
 
 
+def test_a_batch_lies_in_one_piece_and_no_sample_is_written_over(tmp_path):
+    toy.write_zip(tmp_path / "v.zip", numbered_frames(64), fps=8)
+    toy.write_zip(tmp_path / "w.zip", 255 - numbered_frames(40), fps=8)
+    videos = [data.Video(name, 8.0, torch.zeros(0, 2), ()) for name in "vw"]
+    dataset = data.VideoDataset(videos, str(tmp_path), snippets=8, frames=4, stride=2, train=True)
+    for f in (data.Fidelity("full", 8, 14), data.Fidelity("ST", 4, 7)):
+        pairs = [(1, f), (0, f), (1, f)]
+        samples = dataset.__getitems__(pairs)
+        batch = data.collate(samples)["frames"]
+        assert batch.shape == (3, f.snippets, 4, 3, f.size, f.size) and batch.data_ptr() == samples[0]["frames"].data_ptr()  # not copied
+        assert batch.movedim(3, -1).is_contiguous()
+        again = [dataset[p] for p in pairs]  # while the batch is alive
+        kept = [s["frames"].clone() for s in again]
+        for i in range(3):
+            assert torch.equal(batch[i], kept[i])
+        assert torch.equal(data.collate(again)["frames"], batch)  # samples that lie apart
+        del samples, batch
+        for _ in range(3):
+            dataset.__getitems__(pairs)  # may reuse the memory of the batch, not that of the samples still held
+        assert all(torch.equal(s["frames"], k) for s, k in zip(again, kept))
+
+
+def test_memory_of_a_batch_is_used_again_when_nobody_holds_it():
+    data._spare.__dict__.clear()
+    first = data.pixels(1000)
+    place, part = first.data_ptr(), first.view(10, 100)[3:].movedim(0, 1)
+    assert data.pixels(1000).data_ptr() != place
+    del first
+    assert data.pixels(1000).data_ptr() != place  # a view still holds it
+    del part
+    held = [data.pixels(n) for n in (1000, 900)]
+    assert place in [x.data_ptr() for x in held] and len({x.data_ptr() for x in held}) == 2
+
+
+def test_samples_of_folders_and_of_zips_with_copies_agree(tmp_path):
+    (tmp_path / "f/v").mkdir(parents=True)
+    ramp = torch.arange(96, dtype=torch.uint8).mul(2).expand(3, 64, 96)
+    for i in range(32):
+        JpegEncoder((ramp + i).contiguous()).to_file(f"{tmp_path}/f/v/img_{i + 1:05d}.jpg", quality=95)
+    (tmp_path / "f/v/video.json").write_text('{"fps": 8, "duration_sec": 4.0}')
+    settings = {"snippets": 8, "frames": 4, "stride": 2, "short_side": 64, "copies": [45, 32], "quality": 95}
+    assert media.prepare({"v": str(tmp_path / "f/v")}, str(tmp_path / "z"), settings, 0) == (["v"], {})
+    video = data.Video("v", 4.0, torch.zeros(0, 2), ())
+    options = {"snippets": 8, "frames": 4, "stride": 2, "train": True}
+    folder, prepared = (data.VideoDataset([video._replace(path=str(tmp_path / p))], "", **options) for p in ("f/v", "z/v.zip"))
+    for epoch in range(3):
+        folder.set_epoch(epoch), prepared.set_epoch(epoch)
+        for f in data.fidelities(8, 56).values():
+            a, b = folder[0, f]["frames"].float(), prepared[0, f]["frames"].float()
+            assert a.shape == b.shape == (f.snippets, 4, 3, f.size, f.size) and (a - b).abs().mean() < 3  # two levels are a pixel: of corners
+    clips = [data.Clip(str(tmp_path / p), 1.0, 2.0, 0) for p in ("f/v", "z/v.zip")]
+    a, b = (data.ClipDataset([c], frames=4, stride=2, crop=1.0)[0, data.Fidelity("full", 1, 64)]["frames"].float() for c in clips)
+    assert (a - b).abs().mean() < 1.5
+    (tmp_path / "f/v/video.json").unlink()  # no frame rate: from the duration of the whole video
+    c = data.ClipDataset([clips[0]._replace(duration_sec=4.0)], frames=4, stride=2, crop=1.0)[0, data.Fidelity("full", 1, 64)]["frames"]
+    assert torch.equal(c.float(), a)
+
+
 def test_crop_and_resize_take_the_square_that_they_say():
     frames = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
     frames[..., 12:] = 200
@@ -182,22 +335,22 @@ def test_missing_frames_are_replaced_by_the_nearest_kept(tmp_path):
         z.writestr("video.json", json.dumps({"fps": 8, "num_frames": 40, "duration_sec": 5, "frames": kept}))
         for i in kept:
             z.writestr(f"{i:06d}.jpg", JpegEncoder(frames[i]).to_tensor(quality=95).numpy().tobytes())
-    read = data.FrameZip(str(tmp_path / "v.zip")).read(np.array([0, 3, 6, 7, 19, 21, 39, 10]))
+    read = media.FrameZip(str(tmp_path / "v.zip")).read(np.array([0, 3, 6, 7, 19, 21, 39, 10]))
     assert (read.float().mean((1, 2, 3)) / 2).round().tolist() == [3, 3, 3, 10, 10, 30, 30, 10]
 
 
 def test_broken_frame_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.zip"):
-        data.FrameZip(str(tmp_path / "none.zip"))
+        media.FrameZip(str(tmp_path / "none.zip"))
     (tmp_path / "torn.zip").write_bytes(b"PK\3\4 and then nothing")
     with pytest.raises(ValueError, match="torn.zip.*prepare this video again"):
-        data.FrameZip(str(tmp_path / "torn.zip"))
+        media.FrameZip(str(tmp_path / "torn.zip"))
     with zipfile.ZipFile(tmp_path / "odd.zip", "w") as z:
         z.writestr("video.json", json.dumps({"fps": 8, "num_frames": 2, "duration_sec": 1, "frames": [0, 1]}))
         z.writestr("000000.jpg", b"no JPEG")
     for number in (0, 1):
         with pytest.raises(ValueError, match=f"odd.zip: frame 00000{number}.jpg"):
-            data.FrameZip(str(tmp_path / "odd.zip")).read(np.array([number]))
+            media.FrameZip(str(tmp_path / "odd.zip")).read(np.array([number]))
 
 
 # ---------------------------------------------------------------- clips and features
@@ -252,11 +405,76 @@ def test_features_are_resized_to_the_fidelity_and_checked(tmp_path):
     np.testing.assert_allclose(std, x.std(0), rtol=1e-6)
     np.testing.assert_allclose(video_std, [1, 1.5], rtol=1e-6)  # means of the two videos: (3, 4) and (1, 1)
     np.save(tmp_path / "w.npy", np.ones((6, 3), np.float32))
-    with pytest.raises(ValueError, match="w.npy has 3 channels, v.npy 2"):
+    with pytest.raises(ValueError, match="w.npy has 3 channels, .*v.npy has 2"):
         dataset[1, data.Fidelity("full", 4, 0)]
     (tmp_path / "w.npy").write_bytes(b"torn")
     with pytest.raises(ValueError, match="w.npy cannot be read"):
         dataset[1, data.Fidelity("full", 4, 0)]
+
+
+def feature_files(folder):
+    """Features of v (4, 2) and w (6, 2) as .npy, as one HDF5 file, as one HDF5 file each."""
+    h5py = pytest.importorskip("h5py")
+    arrays = {"v": np.arange(8, dtype=np.float32).reshape(4, 2), "w": np.ones((6, 2), np.float32)}
+    (folder / "npy").mkdir(), (folder / "h5").mkdir()
+    with h5py.File(folder / "all.h5", "w") as f:
+        for name, x in arrays.items():
+            np.save(folder / f"npy/{name}.npy", x)
+            f[f"v_{name}"] = x
+            with h5py.File(folder / f"h5/{name}.hdf5", "w") as own:
+                own["any/c3d_features"] = x
+    return arrays, [str(folder / x) for x in ("npy", "all.h5", "h5")]
+
+
+def test_features_come_from_npy_and_hdf5_files_alike(tmp_path):
+    arrays, sources = feature_files(tmp_path)
+    videos = [data.Video(name, 8.0, torch.zeros(0, 2), ()) for name in "vw"]
+    for source in sources:
+        assert sorted(data.find_features(source, ["v", "w", "x"])) == ["v", "w"]
+        dataset = data.FeatureDataset(videos, source, [])
+        assert dataset.channels == 2 and [dataset.snippets(i) for i in range(2)] == [4, 6]
+        for i, x in enumerate(arrays.values()):
+            assert np.array_equal(dataset[i, data.NATIVE]["features"].t().numpy(), x)
+    loader = torch.utils.data.DataLoader(data.FeatureDataset(videos, sources[1], []), batch_sampler=[[(0, data.Fidelity("full", 4, 0))], [(1, data.Fidelity("full", 4, 0))]],
+                                         collate_fn=data.collate, num_workers=2)  # two processes read one HDF5 file
+    assert [b["name"] for b in loader] == [["v"], ["w"]]
+
+
+def test_features_of_several_sources_stand_side_by_side(tmp_path):
+    arrays, sources = feature_files(tmp_path)
+    videos = [data.Video(name, 8.0, torch.zeros(0, 2), ()) for name in "vw"]
+    (tmp_path / "long").mkdir()
+    np.save(tmp_path / "long/v.npy", np.repeat(arrays["v"][:, :1] + 10, 2, 0).astype(np.float16))  # (8, 1)
+    np.save(tmp_path / "long/w.npy", np.full((3, 1), 5.0))
+    both = data.FeatureDataset(videos, [sources[0], str(tmp_path / "long")], [])
+    assert both.channels == 3
+    assert both[0, data.Fidelity("full", 4, 0)]["features"].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7], [10, 12, 14, 16]]
+    assert both[0, data.NATIVE]["features"].shape == (3, 4)
+    mean, std, video_std = both.statistics()
+    parts = [data.FeatureDataset(videos, s, []).statistics() for s in (sources[0], str(tmp_path / "long"))]
+    for whole, a, b in zip((mean, std, video_std), *parts):
+        torch.testing.assert_close(whole, torch.cat([a, b]))
+    (tmp_path / "long/w.npy").unlink()
+    with pytest.raises(ValueError, match="long has no features of w"):
+        data.FeatureDataset(videos, [sources[0], str(tmp_path / "long")], [])
+    subsets = {"training": data.load_annotations(write_annotations(tmp_path / "a.json", {"v": entry(), "w": entry()}))["training"]}
+    said = []
+    assert [v.name for v in data.select(subsets, "training", [sources[0], str(tmp_path / "long")], "features", said.append)] == ["v"] and "1 of 2" in said[0]
+
+
+def test_odd_feature_files_are_named(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    np.save(tmp_path / "line.npy", np.ones(5, np.float32)), np.save(tmp_path / "whole.npy", np.ones((5, 2), np.int64)), np.save(tmp_path / "none.npy", np.ones((0, 2)))
+    with h5py.File(tmp_path / "two.h5", "w") as f:
+        f["a"], f["b"] = np.ones((3, 2)), np.ones((3, 2))
+    (tmp_path / "torn.h5").write_bytes(b"no HDF5")
+    for name, words in (("line.npy", r"shape \(5,\)"), ("whole.npy", "int64; expected floating-point features"), ("none.npy", r"shape \(0, 2\)"),
+                        ("two.h5", r"2 entries instead of one array: \['a', 'b'\]"), ("torn.h5", "cannot be read")):
+        with pytest.raises(ValueError, match=f"{name}.*{words}"):
+            data.read_features(str(tmp_path / name))
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match=r"needs h5py: pip install 'lofi-tal\[hdf5\]'"):
+        data.find_features(str(tmp_path / "two.h5"), ["a"])
 
 
 def test_collate_stacks_tensors_and_keeps_lists():
@@ -270,3 +488,103 @@ def test_seeds_are_pure_functions_of_their_key():
     assert data.seed_of(0, "view", 1, 2) == data.seed_of(0, "view", 1, 2)
     assert len({data.seed_of(0, "view", e, i) for e in range(50) for i in range(50)}) == 2500
     assert 0 <= data.seed_of("x") < 2**63
+
+
+# ---------------------------------------------------------------- python data.py
+
+@pytest.fixture
+def messy(tmp_path):
+    """Six training videos, of which v is fine, and a validation video; their annotations, frames and features."""
+    (tmp_path / "frames").mkdir(), (tmp_path / "features").mkdir()
+    annotations = {"v": entry(duration=8.0), "gone": entry(), "torn": entry(), "long": entry(duration=8.2), "only": entry(segments=[(3, 2), (5, 50)]), "wide": entry(),
+                   "w": entry("validation", 8.0, label="run")}
+    for name in ("v", "w", "long"):
+        toy.write_zip(tmp_path / f"frames/{name}.zip", numbered_frames(64), fps=8)
+    (tmp_path / "frames/torn.zip").write_bytes(b"torn")
+    for name, c in (("v", 2), ("w", 2), ("only", 2), ("wide", 3), ("long", 2)):
+        np.save(tmp_path / f"features/{name}.npy", np.ones((4, c), np.float32))
+    return write_annotations(tmp_path / "a.json", annotations), str(tmp_path / "frames"), str(tmp_path / "features")
+
+
+def test_check_lists_every_problem(messy):
+    annotations, frames, features = messy
+    said = []
+    problems, fatal = data.check(annotations, frames=frames, features=features, say=said.append)
+    assert sorted((s, v, p) for s, v, p, _ in problems) == sorted([
+        ("training", "torn", "frames cannot be read"), ("training", "gone", "media missing"), ("training", "long", "duration disagrees"),
+        ("training", "only", "segment ends before it starts"), ("training", "only", "segment outside the video"), ("training", "wide", "other channel count"),
+        ("training", "-", "label lacking"), ("validation", "-", "label lacking")])
+    assert {p: d for s, v, p, d in problems if v == "long"} == {"duration disagrees": f"8.2 s in the annotations, 8.00 s in {frames}/long.zip"}
+    assert fatal == []
+    assert said == ["training: 6 videos, 7 segments, 0.02 hours, 1 classes; 2 with frames, 4 with features, 2 with neither",
+                    "validation: 1 videos, 1 segments, 0.00 hours, 1 classes; 1 with frames, 1 with features, 0 with neither"]
+
+
+def test_check_says_what_keeps_training_from_starting(messy, tmp_path):
+    annotations, frames, features = messy
+    os.remove(f"{frames}/w.zip")
+    assert data.check(annotations, frames=frames, say=lambda words: None)[1] == ["no video of subset validation has frames or features that can be read"]
+    assert "no subset 'testing'" in data.check(annotations, subsets=["training", "testing"], say=lambda words: None)[1][0]
+    bare = write_annotations(tmp_path / "b.json", {"v": {"subset": "train", "annotations": [{"segment": [1, 2], "label": "x"}]}})
+    assert "no duration" in data.check(bare, say=lambda words: None)[1][0].replace("has a duration", "no duration")
+    assert data.check(bare, frames=frames, say=lambda words: None) == ([], [])  # from its frames
+
+
+def test_check_notices_frames_that_were_prepared_for_other_snippets(messy, tmp_path):
+    annotations, frames, _ = messy
+    folder = tmp_path / "in/v"
+    folder.mkdir(parents=True)
+    for i in range(64):
+        JpegEncoder(numbered_frames(64)[i]).to_file(f"{folder}/img_{i:05d}.jpg")
+    (folder / "video.json").write_text('{"fps": 8, "duration_sec": 8.0}')
+    settings = {"snippets": 8, "frames": 2, "stride": 2, "short_side": 16, "copies": [], "quality": 90}
+    media.prepare({"v": str(folder)}, str(tmp_path / "made"), settings, 0)
+    wanted = {"snippets": 8, "frames": 2, "stride": 2}
+    look = lambda s: {p for _, v, p, _ in data.check(annotations, subsets=["training"], frames=str(tmp_path / "made"), settings=s, say=lambda w: None)[0] if v == "v"}  # noqa: E731
+    assert look(wanted) == set() and look({**wanted, "stride": 4}) == {"frames prepared otherwise"}
+
+
+def test_check_writes_its_list_beside_the_annotations_and_nothing_over(messy, tmp_path, capsys):
+    annotations, frames, features = messy
+    command = ["check", "--annotations", annotations, "--frames", frames, "--features", features]
+    assert data.main(command) == data.main(command) == 0
+    lines = (tmp_path / "a.problems.txt").read_text().splitlines()
+    assert len(lines) == 9 and lines[0].startswith(data.MARK) and "training\tgone\tmedia missing\t" in "\n".join(lines)
+    printed = capsys.readouterr().out
+    assert "8 problems, listed in" in printed and "2 x label lacking" in printed
+    (tmp_path / "mine.txt").write_text("notes")
+    assert data.main([*command, "--problems", str(tmp_path / "mine.txt")]) == 1 and (tmp_path / "mine.txt").read_text() == "notes"
+    assert "is no list of problems: name another file with --problems" in capsys.readouterr().err
+    assert data.main(["check", "--annotations", annotations, "--frames", str(tmp_path)]) == 1
+    assert "training cannot start: no video of subset training" in capsys.readouterr().out
+    assert data.main(["check", "--annotations", str(tmp_path / "none.json")]) == 1 and data.main(["check"]) == 1
+
+
+def test_check_takes_a_config(messy, tmp_path, capsys):
+    annotations, frames, features = messy
+    words = [f"data.annotations={annotations}", f"data.frames={frames}", f"data.features=[{features}, {features}]"]
+    assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words]) == 0
+    assert "training: 6 videos" in capsys.readouterr().out
+    assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words, "data.val_subset=test"]) == 1
+    assert "no subset 'test', only ['training', 'validation']" in capsys.readouterr().out
+
+
+def test_prepare_takes_the_annotated_videos_and_tells_what_failed(tmp_path, capsys):
+    for name, content in (("a", None), ("v_b", b"broken"), ("other", None)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / "in" / name / f"img_{i}.jpg").write_bytes(content or JpegEncoder(numbered_frames(8)[i]).to_tensor().numpy().tobytes())
+        (tmp_path / "in" / name / "video.json").write_text('{"fps": 8, "duration_sec": 1.0}')
+    annotations = write_annotations(tmp_path / "a.json", {"a": entry(), "b": entry(), "c": entry("validation")})
+    command = ["prepare", "--videos", str(tmp_path / "in"), "--annotations", annotations, "--out", str(tmp_path / "out"), "--snippets", "2", "--frames", "2", "--stride", "1",
+               "--short-side", "16", "--workers", "0"]
+    assert data.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 3 videos are not in" in printed and "1 prepared, 0 were there already, 1 failed, 1 missing" in printed and "  b: " in printed
+    assert os.listdir(tmp_path / "out") == ["a.zip"] and media.open_media(f"{tmp_path}/out/a.zip").kept.tolist() == [1, 2, 5, 6]
+    assert media.open_media(f"{tmp_path}/out/a.zip").prepared["copies"] == [11, 8]
+    assert data.main([*command, "--subsets", "validation"]) == 1 and "none of the 1 videos is in" in capsys.readouterr().err
+    assert data.main([*command, "--subsets", "test"]) == 1 and "no subset ['test']" in capsys.readouterr().err
+    assert data.main([*command, "--quality", "0"]) == 1 and "expected numbers of at least 1" in capsys.readouterr().err
+    os.remove(tmp_path / "in/v_b/img_0.jpg"), data.main([*command, "--copies"])
+    assert "prepared otherwise (copies [11, 8] there, [] now)" in capsys.readouterr().out
