@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import data
+import media
 import toy
 
 SMALL = dict(train=3, val=2, clips=8, stills=24, size=20, snippets=16)
@@ -36,10 +37,10 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path
 def test_it_has_the_layout_of_a_real_data_set(small):
     subsets = data.load_annotations(f"{small}/annotations.json")
     assert {k: len(v) for k, v in subsets.items()} == {"training": 3, "validation": 2}
-    for video in subsets["training"] + subsets["validation"]:
-        media = data.FrameZip(f"{small}/frames/{video.name}.zip")
-        assert media.num_frames == 64 and media.duration == video.duration == 8.0
-        assert media.read(np.array([0, 63])).shape == (2, 3, 20, 20)
+    for video in [*subsets["training"], *subsets["validation"]]:
+        source = media.FrameZip(f"{small}/frames/{video.name}.zip")
+        assert source.num_frames == 64 and source.duration == video.duration == 8.0
+        assert source.read(np.array([0, 63])).shape == (2, 3, 20, 20)
         lengths = video.segments.diff(dim=1)
         assert 1 <= len(lengths) <= 3 and (lengths > 0.08).all() and (lengths < 0.44).all() and len(set(video.labels)) == 1
     clips, classes = data.list_clips(f"{small}/clips/train", ".zip")
