@@ -29,7 +29,7 @@ def merge(base, changes, where=""):
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise ValueError(f"config key {where}{key} is read by nothing; did you mean {where}{near}? configs/default.yaml has them all")
         for kind, words in ((dict, "a block of keys"), (list, "a list, as in [S, T, ST]")):
-            if isinstance(base[key], kind) != isinstance(value, kind):
+            if isinstance(base[key], kind) != isinstance(value, kind) and not (base[key] is None and kind is list):  # null: may become anything but a block
                 raise ValueError(f"config key {where}{key} is {value!r}, expected {words if isinstance(base[key], kind) else 'one value'}")
         if isinstance(base[key], (int, float)) and (isinstance(base[key], bool) != isinstance(value, bool) or not isinstance(value, (int, float))):
             kind = "true or false" if isinstance(base[key], bool) else "a number (YAML reads 1e-4 as a word: write 1.0e-4)"
@@ -77,6 +77,30 @@ def load(path, words=()):
             change = {part: change}
         cfg = merge(cfg, change)
     return cfg
+
+
+def reference(path=f"{HERE}/configs/default.yaml"):
+    """Markdown of every key, its default and its meaning: the comment beside it, which may go on in the lines below. `python config.py` prints it."""
+    with open(path) as f:
+        lines = f.read().splitlines()
+    rows = []
+
+    def add(node, where):
+        for key, value in node.value:
+            first = key.start_mark.line
+            block = isinstance(value, yaml.MappingNode) and not value.flow_style
+            last = first if block else max(first, value.end_mark.line - (value.end_mark.column == 0))
+            words = [lines[last].partition(" # ")[2].strip()]
+            for line in lines[last + 1:] if words[0] else ():
+                if not line.lstrip().startswith("#") or line.startswith("#"):
+                    break
+                words.append(line.strip(" #"))
+            default = "" if block else f"`{lines[first].partition(':')[2].partition(' # ')[0].strip()}`"
+            rows.append(f"| `{where}{key.value}` | {default} | {' '.join(words).strip()} |")
+            if block:
+                add(value, f"{where}{key.value}.")
+    add(yaml.compose("\n".join(lines), yaml.SafeLoader), "")
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
 
 
 def flat(cfg, where=""):
@@ -138,3 +162,7 @@ def open_run(cfg, write_json, main=True, **facts):
         write_json({"git": about(cfg)["git"], "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
                     "numpy": np.__version__, **facts}, f"{cfg.out}/versions.json")
         write_json(cfg, path)
+
+
+if __name__ == "__main__":
+    print(reference())

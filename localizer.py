@@ -12,6 +12,7 @@ import engine
 import evaluate
 import gtad
 from bmn import BMN
+from tsm import recalibrate_batchnorm
 
 HEADS = {"gtad": gtad.GTAD, "bmn": BMN}
 
@@ -158,16 +159,52 @@ def encode(encoder, frames, chunk, autocast=contextlib.nullcontext):
         return torch.cat([encoder(c).float() for c in frames.split(chunk, dim=1)], 2)
 
 
+def recalibrate(encoder, dataset, fidelity, chunk, *, process, workers=0, most=1000):
+    """Re-estimates the running statistics of an encoder's BatchNorm at a fidelity over a VideoDataset, at most `most` evenly picked videos of it: the
+    same on all processes. About `chunk` snippets at once, taken from all over four videos (of one, where videos differ in length), so that each piece
+    is much like the whole."""
+    dataset = dataset.only(np.linspace(0, len(dataset.videos) - 1, min(len(dataset.videos), most)).round().astype(int))
+
+    def pieces():
+        for batch in engine.batches(dataset, fidelity, 1 if dataset.rate else 4, data.collate, name="recalibrate", process=process, workers=workers):
+            B, L = batch["frames"].shape[:2]
+            step = min(-(-B * L // chunk), L)
+            yield from (batch["frames"][:, i::step] for i in range(step))
+
+    with engine.autocast(process.device):
+        recalibrate_batchnorm(encoder, pieces(), engine.mean_over_ranks)
+
+
 @torch.no_grad()
-def detections(model, features, names, durations, classes, *, sigma, top_k, classes_per_video, class_scores=None):
+def propose(model, features, windows=None, at_once=16):
+    """Features (B, C, L) -> proposals of each video, segments (B, K, 2), scores (B, K), valid (B, K), and class probabilities (B, n).
+
+    windows: (first (B,), snippets), where features are B windows of one long video of `snippets` snippets, beginning at snippets `first`: then
+    the proposals of all windows as fractions of the video, in a batch of one, and the mean of the windows' class probabilities.
+    """
+    if windows is None:
+        *outputs, logits = model(features)
+        return *model.proposals(*outputs), logits.softmax(1)
+    parts, (first, snippets) = [], windows
+    for x, at in zip(features.split(at_once), first.split(at_once)):
+        *outputs, logits = model(x)
+        segments, scores, valid = model.proposals(*outputs)
+        segments = (at[:, None, None] + segments * x.shape[2]) / snippets
+        valid = valid & (segments[..., 0] < 1)  # the last window may go beyond the video
+        parts.append((segments.clamp(max=1).flatten(0, 1), scores.flatten(), valid.flatten(), logits.softmax(1)))
+    *proposals, classes = (torch.cat(part)[None] for part in zip(*parts))
+    return *proposals, classes.mean(1)
+
+
+def detections(model, features, names, durations, classes, *, sigma, top_k, classes_per_video, class_scores=None, windows=None):
     """Features (B, C, L) -> detections and class-agnostic proposals, {video: [{"label", "score", "segment"}]} and without labels, in seconds.
 
     names, durations (seconds), classes: lists. sigma, top_k: of soft-NMS. class_scores: (scores (B, n), n classes) from elsewhere, in place
-    of the model's own video classifier.
+    of the model's own video classifier. windows: see propose.
     """
-    start, end, map, logits = model(features)
-    kept = evaluate.soft_nms(*model.proposals(start, end, map), sigma=sigma, top_k=top_k)
+    *proposals, own = propose(model, features, windows)
+    kept = evaluate.soft_nms(*proposals, sigma=sigma, top_k=top_k)
     fuse = partial(evaluate.fuse_classes, *kept, names, durations)
-    found = fuse(*(class_scores or (logits.softmax(1), classes)), top_k=classes_per_video)
+    found = fuse(*(class_scores or (own, classes)), top_k=classes_per_video)
     agnostic = fuse(np.ones((len(names), 1)), [""])
     return found, {v: [{k: p[k] for k in ("score", "segment")} for p in proposals] for v, proposals in agnostic.items()}

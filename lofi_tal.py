@@ -9,6 +9,7 @@ The config lists the stages. Each writes into the run's folder; a finished one i
     pretrain  the encoder before localization           -> OUT/pretrain/encoder.pt
     lofi      encoder and head end to end, low fidelity  -> OUT/lofi/encoder.pt
     features  the frozen encoder at full fidelity        -> OUT/features/VIDEO.npy
+    sola      soft landing, trained on features alone    -> OUT/sola/sola.pt, OUT/sola/features/VIDEO.npy
     head      a fresh head and a video classifier        -> OUT/head/head.pt
     detect    proposals, soft-NMS, classes, mAP          -> OUT/result.json, OUT/metrics.json
 """
@@ -27,40 +28,41 @@ import config
 import data
 import engine
 import evaluate
-from localizer import HEADS, Localizer, detections, encode, train, train_step
-from pretrain import clips_of, train_classifier
-from tsm import TSM, load_weights
+import train_sola
+from localizer import HEADS, Localizer, detections, dry_run, encode, recalibrate, train
+from pretrain import PHASES, clips_of, options_of, phases, train_classifier
+from tsm import make_encoder
 
 
-PHASES = {"none": [], "icp": ["icp"], "acp": ["acp"], "acp_plus": ["acp", "acp_plus"]}  # of stage pretrain, by method
 load_annotations = lru_cache(1)(data.load_annotations)  # one reading serves the check and every stage of a run
 
 
 def check(cfg, files=True):
     """Fails before any work is done, with the key to change; `files` looks whether there is anything to work on, too."""
     words = {"stages": (cfg.stages, STAGES), "pretrain.method": ([cfg.pretrain.method], PHASES), "tal_head": ([cfg.tal_head], HEADS),
-             "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train")), "lofi.order": ([cfg.lofi.order], ("long", "short"))}
-    for name, block in {"lofi": cfg.lofi, "head": cfg.head, **{f"pretrain.{k}": cfg.pretrain[k] for k in ("icp", "acp", "acp_plus")}}.items():
+             "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train", "recalibrate")), "lofi.order": ([cfg.lofi.order], ("long", "short"))}
+    for name, block in {"lofi": cfg.lofi, "sola": cfg.sola, "head": cfg.head, **{f"pretrain.{k}": v for k, v in cfg.pretrain.items() if isinstance(v, dict)}}.items():
         words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
-        config.check_counts(block, name, ("epochs", "batch_size", "accumulate"))
+        config.check_counts(block, name, ("epochs", "batch_size", "accumulate", "hidden", "subsequence", "draws", "probe_videos"))
     config.check_words(words)
+    if cfg.data.windows != bool(cfg.data.rate) and not cfg.data.features:
+        raise ValueError(f"data.windows is {cfg.data.windows} and data.rate {cfg.data.rate}: features of one's own need both for windows, or none")
     low_fidelity_cycle(cfg)
-    if cfg.lofi.batchnorm == "train" and (cfg.lofi.chunk or cfg.lofi.accumulate > 1 or cfg.encoder.recompute):
+    if cfg.lofi.batchnorm != "frozen" and (cfg.lofi.chunk or cfg.lofi.accumulate > 1 or cfg.encoder.recompute):
         raise ValueError("lofi.chunk, lofi.accumulate and encoder.recompute need lofi.batchnorm frozen: BatchNorm would see other statistics than in one piece")
     if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
         raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
-        annotations = load_annotations(cfg.data.annotations)
+        load_annotations(cfg.data.annotations)
         for which in ("train", "val") if {"lofi", "features"} & set(cfg.stages) else ():
-            data.select(annotations, cfg.data[f"{which}_subset"], cfg.data.frames, ".zip", lambda words: None)
-        for key, path in (("pretrain.checkpoint", cfg.pretrain.checkpoint), ("detect.classes_from", cfg.detect.classes_from)):
-            if path not in (None, "own", "ground_truth") and not os.path.isfile(path):
+            subset(cfg, which, cfg.data.frames, "frames", say=lambda words: None)
+        for key, path in (("pretrain.start", cfg.pretrain.start), ("pretrain.checkpoint", cfg.pretrain.checkpoint), ("detect.classes_from", cfg.detect.classes_from)):
+            if path not in (None, "torchvision", "own", "ground_truth") and not os.path.isfile(path):
                 raise FileNotFoundError(f"no file {path} (config key {key})")
 
 
 def build_encoder(cfg, path=None, **options):
-    encoder = TSM(**cfg.encoder, **options)
-    return load_weights(encoder, path) if path else encoder
+    return make_encoder(**cfg.encoder, weights=path, **options)
 
 
 def build_localizer(cfg, **options):
@@ -74,11 +76,11 @@ def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
 
 def seconds_of(path):
     """The cost of an encoder checkpoint, with all that it was made from; 0 if somebody else made it."""
-    return torch.load(path, map_location="cpu", weights_only=True).get("seconds", 0.0)
+    return torch.load(path, map_location="cpu", weights_only=True).get("seconds", 0.0) if os.path.isfile(path or "") else 0.0
 
 
-def subset(cfg, process, which, folder, suffix):
-    return data.select(load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], folder, suffix, process.say)
+def subset(cfg, which, source, kind, say):
+    return data.select(load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], source, kind, say, durations=cfg.data.durations, frames=cfg.data.frames)
 
 
 def full_fidelity(cfg):
@@ -90,22 +92,26 @@ def frame_options(cfg):
 
 
 def video_dataset(cfg, process, which, train):
-    videos = subset(cfg, process, which, cfg.data.frames, ".zip")
-    return data.VideoDataset(videos, cfg.data.frames, classes=data.class_names(videos), snippets=cfg.data.snippets, frames=cfg.data.frames_per_snippet, train=train, **frame_options(cfg))
+    videos = subset(cfg, which, cfg.data.frames, "frames", process.say)
+    return data.VideoDataset(videos, cfg.data.frames, classes=data.class_names(videos), snippets=cfg.data.snippets, frames=cfg.data.frames_per_snippet, train=train,
+                             rate=cfg.data.rate, **frame_options(cfg))
 
 
 # ---------------------------------------------------------------- stages
 
 def pretrain(cfg, process):
-    """Encoder before localization: random, ICP (images), ACP (auxiliary trimmed clips) or ACP+ (then the target's trimmed segments)."""
+    """Encoder before localization: random, or trained by one of the classification tasks of pretrain.py."""
     method, checkpoint = cfg.pretrain.method, cfg.pretrain.checkpoint
     torch.manual_seed(data.seed_of(cfg.seed, "encoder"))
-    encoder, seconds = build_encoder(cfg, checkpoint), seconds_of(checkpoint) if checkpoint else 0.0
-    for phase in [p for p in PHASES[method] if not checkpoint or p == "acp_plus"]:
-        options = cfg.pretrain[phase]
-        clips = clips_of(phase, options.source, lambda: [subset(cfg, process, which, cfg.data.frames, ".zip") for which in ("train", "val")], cfg.data.frames)
-        seconds += train_classifier(encoder, clips, size=cfg.data.size, options=options, name=phase, folder=f"{cfg.out}/pretrain/{phase}",
-                                    process=process, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, **frame_options(cfg))[0]
+    encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), seconds_of(checkpoint), {}
+    for phase in phases(method, checkpoint):
+        options = options_of(cfg.pretrain, phase)
+        clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say)
+        took, records[phase] = train_classifier(encoder, clips, size=cfg.data.size, options=options, name=phase, folder=f"{cfg.out}/pretrain/{phase}",
+                                                process=process, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, **frame_options(cfg))
+        seconds += took
+    if process.is_main:
+        engine.save_json({"method": method, "start": cfg.pretrain.start, "checkpoint": checkpoint, "phases": records}, f"{cfg.out}/pretrain/accuracy.json")
     save_encoder(cfg, process, encoder, "pretrain", seconds)
 
 
@@ -117,8 +123,8 @@ def save_encoder(cfg, process, encoder, stage, seconds):
 def encoder_path(cfg, stage):
     """The encoder that `stage` starts from: the product of the stage before it in this run, or a checkpoint from elsewhere."""
     before = [s for s in ("pretrain", "lofi") if s in cfg.stages and s != stage]
-    if not before and not cfg.pretrain.checkpoint:
-        raise ValueError(f"stage {stage} needs an encoder: list stage pretrain before it, or name one in pretrain.checkpoint")
+    if not before and cfg.pretrain.checkpoint in (None, "torchvision"):
+        raise ValueError(f"stage {stage} needs an encoder: list stage pretrain before it, or name a file in pretrain.checkpoint")
     return f"{cfg.out}/{before[-1]}/encoder.pt" if before else cfg.pretrain.checkpoint
 
 
@@ -143,6 +149,10 @@ def lofi(cfg, process):
     path, dataset = encoder_path(cfg, "lofi"), video_dataset(cfg, process, "train", train=True)
     model = end_to_end(cfg, path, process.device, len(dataset.classes))
     seconds = fit(model, dataset, low_fidelity_cycle(cfg), cfg.lofi, cfg, process, "lofi", cycle=cfg.lofi.order, period=cfg.lofi.period)
+    if cfg.lofi.batchnorm == "recalibrate":
+        started = time.monotonic()
+        recalibrate(model.encoder, video_dataset(cfg, process, "train", train=False), full_fidelity(cfg), cfg.features.chunk, process=process, workers=cfg.data.workers)
+        seconds += time.monotonic() - started
     save_encoder(cfg, process, model.encoder, "lofi", seconds + seconds_of(path))
 
 
@@ -150,27 +160,46 @@ def features(cfg, process):
     """The frozen encoder over every video at full fidelity, each rank its share, a file each."""
     path, started = encoder_path(cfg, "features"), time.monotonic()
     encoder = build_encoder(cfg, path).to(process.device).eval()
-    encoded = total = 0
+    encoded, total, parts, videos = 0, 0, [], {}
     for which in ("train", "val"):
         dataset = video_dataset(cfg, process, which, train=False)
-        total += len(dataset.videos)
-        dataset.videos = [v for v in dataset.videos if not os.path.exists(f"{cfg.out}/features/{v.name}.npy")]
-        encoded += len(dataset.videos)
+        missing = [i for i, name in enumerate(data.names_of(dataset.videos)) if not os.path.exists(f"{cfg.out}/features/{name}.npy")]
+        total, encoded = total + len(dataset.videos), encoded + len(missing)
+        videos |= data.describe(dataset.videos) if process.is_main else {}
         engine.barrier(process)  # every rank has looked before any writes
+        dataset = dataset.only(missing)
         for batch in engine.batches(dataset, full_fidelity(cfg), 1, data.collate, name=f"features {which}", process=process, workers=cfg.data.workers):
-            x = encode(encoder, batch["frames"], cfg.features.chunk, partial(engine.autocast, process.device))[0].t().cpu().numpy()  # (L, C)
-            engine.write_aside(f"{cfg.out}/features/{batch['name'][0]}.npy", partial(np.save, arr=x, allow_pickle=False))
+            parts.append(encode(encoder, batch["frames"], cfg.features.chunk, partial(engine.autocast, process.device))[0].t().cpu())
+            if batch["last"]:
+                x, parts = torch.cat(parts).numpy(), []  # (L, C)
+                engine.write_aside(f"{cfg.out}/features/{batch['name'][0]}.npy", partial(np.save, arr=x, allow_pickle=False))
     engine.barrier(process)
     if process.is_main:
         seconds = (time.monotonic() - started) * total / max(encoded, 1)  # resumed: as if this start had encoded all
-        engine.save_json({"encoder": path, **cfg.encoder, "snippets": cfg.data.snippets, "frames_per_snippet": cfg.data.frames_per_snippet,
-                          "stride": cfg.data.stride, "size": cfg.data.size, "seconds": seconds + seconds_of(path)}, f"{cfg.out}/features/features.json")
+        engine.save_json({"encoder": path, "encoder_sha256": data.file_hash(path), **cfg.encoder, "snippets": cfg.data.snippets,
+                          "frames_per_snippet": cfg.data.frames_per_snippet, "stride": cfg.data.stride, "size": cfg.data.size,
+                          "snippet_stride_sec": 1 / cfg.data.rate if cfg.data.rate else "duration_sec / snippets",
+                          "snippet_window_frames": cfg.data.frames_per_snippet * cfg.data.stride, "seconds": seconds + seconds_of(path), "videos": videos},
+                         f"{cfg.out}/features/features.json")
 
 
-def feature_dataset(cfg, process, which, classes=None):
-    folder = cfg.data.features or f"{cfg.out}/features"
-    videos = subset(cfg, process, which, folder, ".npy")
-    return data.FeatureDataset(videos, folder, classes or data.class_names(videos))
+def feature_folder(cfg, raw=False):
+    """Where the head's features lie: behind stage sola, if it is listed, else `raw`, from elsewhere or this run's own."""
+    return f"{cfg.out}/sola/features" if "sola" in cfg.stages and not raw else cfg.data.features or f"{cfg.out}/features"
+
+
+def feature_dataset(cfg, process, which, classes=None, raw=False):
+    folder = feature_folder(cfg, raw)
+    videos = subset(cfg, which, folder, "features", process.say)
+    dataset = data.FeatureDataset(videos, folder, classes or data.class_names(videos))
+    return data.WindowDataset(dataset, cfg.data.snippets, train=which == "train") if cfg.data.windows and not raw else dataset
+
+
+def sola(cfg, process):
+    """Soft landing (SoLa, CVPR 2023): a residual module on top of the raw features, trained without labels; the stages after it see its output."""
+    train, val = (feature_dataset(cfg, process, which, raw=True) for which in ("train", "val"))
+    train_sola.run(train, val, feature_folder(cfg, raw=True), options=cfg.sola, snippets=cfg.data.snippets, folder=f"{cfg.out}/sola", process=process,
+                   seed=cfg.seed, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg))
 
 
 def head(cfg, process):
@@ -195,14 +224,16 @@ def detect(cfg, process):
     model.to(process.device).eval()
     duration, results, proposals = {v.name: v.duration for v in dataset.videos}, {}, {}
     source = {"own": "video classifier of the run", "ground_truth": "ground truth (analysis)"}.get(cfg.detect.classes_from, f"external file {cfg.detect.classes_from}")
-    for batch in engine.batches(dataset, full_fidelity(cfg), 32, data.collate, name="detect", process=process):
-        names, class_scores = batch["name"], None
+    for batch in engine.batches(dataset, full_fidelity(cfg), 1 if cfg.data.windows else 32, data.collate, name="detect", process=process):
+        names, class_scores, x, windows = batch["name"], None, batch["features"], None
+        if cfg.data.windows:
+            x, windows = x[0], (batch["first"][0], batch["snippets"].item())
         if cfg.detect.classes_from != "own":
             truth = cfg.detect.classes_from == "ground_truth"
             class_scores = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, names,
                                                       subset=cfg.data.val_subset, ground_truth=truth)
-        found = detections(model, batch["features"], names, [duration[n] for n in names], dataset.classes, sigma=cfg.detect.sigma,
-                           top_k=cfg.detect.top_k, classes_per_video=cfg.detect.classes_per_video, class_scores=class_scores)
+        found = detections(model, x, names, [duration[n] for n in names], dataset.classes, sigma=cfg.detect.sigma, top_k=cfg.detect.top_k,
+                           classes_per_video=cfg.detect.classes_per_video, class_scores=class_scores, windows=windows)
         results |= found[0]
         proposals |= found[1]
     results, proposals = ({k: v for part in engine.gather(x, process) for k, v in part.items()} for x in (results, proposals))
@@ -211,37 +242,19 @@ def detect(cfg, process):
     order = [v.name for v in dataset.videos]  # one order, however many ranks
     evaluate.save_results({v: proposals[v] for v in order}, f"{cfg.out}/proposals.json", seed=cfg.seed)
     evaluate.save_results({v: results[v] for v in order}, f"{cfg.out}/result.json", class_source=source, seed=cfg.seed)
-    metrics = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/result.json", subset=cfg.data.val_subset)
+    metrics = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/result.json", subset=cfg.data.val_subset, thresholds=cfg.detect.tiou)
     recall = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/proposals.json", subset=cfg.data.val_subset, ar=True)["AR"]
-    described = f"{cfg.data.features or cfg.out + '/features'}/features.json"
-    before = json.load(open(described)).get("seconds", 0.0) if os.path.exists(described) else 0.0
+    folders = feature_folder(cfg)
+    before = sum(json.load(open(f"{f}/features.json")).get("seconds", 0.0) for f in ([folders] if isinstance(folders, str) else folders) if os.path.exists(f"{f}/features.json"))
     seconds = before + saved["seconds"] + time.monotonic() - started
     engine.save_json({**metrics, "AR": recall, "seconds": seconds, "seed": cfg.seed, "videos": data.list_hash(order)}, f"{cfg.out}/metrics.json")
-    process.say(f"{cfg.out}: mAP " + ", ".join(f"@{t} {100 * metrics['mAP'][t]:.2f}" for t in ("0.5", "0.75", "0.95"))
+    process.say(f"{cfg.out}: mAP " + ", ".join(f"@{t} {100 * metrics['mAP'][t]:.2f}" for t in (("0.5", "0.75", "0.95") if "0.75" in metrics["mAP"] else metrics["mAP"]))
                 + f", average {100 * metrics['average_mAP']:.2f} %; evaluated {metrics['evaluated_videos']} of {metrics['ground_truth_videos']} videos")
 
 
-STAGES = {pretrain: "pretrain/encoder.pt", lofi: "lofi/encoder.pt", features: "features/features.json", head: "head/head.pt", detect: "metrics.json"}
+STAGES = {pretrain: "pretrain/encoder.pt", lofi: "lofi/encoder.pt", features: "features/features.json", sola: "sola/features/features.json",
+          head: "head/head.pt", detect: "metrics.json"}
 STAGES = {stage.__name__: (stage, product) for stage, product in STAGES.items()}
-
-
-def dry_run(cfg, process):
-    """Builds everything and takes one training step of one video of random frames at each fidelity of the cycle."""
-    model = end_to_end(cfg, None, process.device, classes := 200)
-    model.train()
-    count = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in (("encoder", model.encoder), ("head", model.head))}
-    process.say(f"encoder {count['encoder']:.2f} M parameters, {model.encoder.channels} channels; {cfg.tal_head} head {count['head']:.2f} M")
-    optimizer = engine.make_optimizer(model.parameters(), **{k: cfg.lofi[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
-    for f in low_fidelity_cycle(cfg):
-        frames = torch.randint(0, 256, (1, f.snippets, cfg.data.frames_per_snippet, 3, f.size, f.size), dtype=torch.uint8, device=process.device)
-        started = time.monotonic()
-        terms = train_step(model, {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])], "target": torch.full((1, classes), 1 / classes, device=process.device)},
-                           loss=cfg.loss, class_weight=cfg.lofi.class_weight, generator=None, shard=(0, 1),
-                           reduce=None, autocast=partial(engine.autocast, process.device), chunk=cfg.lofi.chunk)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        process.say(f"{f.name}: frames {tuple(frames.shape)} -> features (1, {model.encoder.channels}, {f.snippets}), loss {terms['loss']:.2f}, "
-                    f"{time.monotonic() - started:.1f} s a video, peak memory so far {engine.peak_memory_gb(process.device):.2f} GB")
 
 
 def main(argv=None):
@@ -255,16 +268,20 @@ def main(argv=None):
         check(cfg, files=not args.dry_run)
         process = engine.start_process(cfg.device)
         if args.dry_run:
-            dry_run(cfg, process)
+            dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss,
+                    device=process.device, say=process.say)
         else:
             config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), processes=process.world)
+            took = []
             for name in [s for s in STAGES if s in cfg.stages]:
-                stage, product = STAGES[name]
+                engine.barrier(process)
+                (stage, product), started = STAGES[name], time.monotonic()
                 if os.path.exists(f"{cfg.out}/{product}"):
                     process.say(f"{name}: done already, {cfg.out}/{product}")
                 else:
                     stage(cfg, process)
-                engine.barrier(process)
+                    took.append(f"{name} {time.monotonic() - started:.1f} s")
+            process.say(f"{cfg.out}: {', '.join(took) or 'nothing was left to do'}; peak memory {engine.peak_memory_gb(process.device):.2f} GB a process")
         if process.world > 1:
             dist.destroy_process_group()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

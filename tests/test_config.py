@@ -12,6 +12,7 @@ def test_files_change_the_defaults_and_words_change_both(tmp_path):
     cfg = config.load(str(tmp_path / "x.yaml"), ["lofi.cycle=[T]", "pretrain.acp.epochs=2"])
     assert (cfg.seed, cfg.lofi.lr, cfg.lofi.cycle, cfg.pretrain.acp.epochs, cfg.lofi.momentum) == (3, 0.5, ["T"], 2, 0.0)
     assert config.load(str(tmp_path / "x.yaml")).lofi.cycle == ["S", "T", "ST"]  # nothing sticks to the defaults
+    assert config.load(str(tmp_path / "x.yaml"), ["data.features=[a, b]"]).data.features == ["a", "b"]  # null may become a list
 
 
 @pytest.mark.parametrize("word, message", [
@@ -60,7 +61,7 @@ def test_every_key_is_read_by_something():
     import gtad
     import tsm
     code = "".join(open(f).read() for f in glob.glob("*.py"))
-    arguments = set(inspect.signature(gtad.GTAD).parameters) | set(inspect.signature(bmn.BMN).parameters) | set(inspect.signature(tsm.TSM).parameters)
+    arguments = set(inspect.signature(gtad.GTAD).parameters) | set(inspect.signature(bmn.BMN).parameters) | set(inspect.signature(tsm.make_encoder).parameters)
     for key in config.flat(config.read_yaml("configs/default.yaml")):
         leaf = key.rsplit(".", 1)[-1]
         if key.split(".")[0] in ("gtad", "bmn", "encoder"):
