@@ -153,8 +153,8 @@ def load_annotations(path):
             for subset, (names, durations, rows, flat, flat_labels) in subsets.items()}
 
 
-CONSEQUENCES = {"segment is not a number": "left out", "segment ends before it starts": "left out", "segment outside the video": "clipped to it, and left out if nothing remains",
-                "segment twice": "kept, as the official evaluation does", "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it"}
+CONSEQUENCES = {"segment is not a number": "left out", "segment ends before it starts": "left out",
+                "segment outside the video": "clipped to it, and left out if nothing remains", "segment twice": "kept, as the official evaluation does", "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it"}
 
 
 def segment_problems(videos):
@@ -740,7 +740,8 @@ def stack(tensors):
     """torch.stack; without a copy, if they lie side by side in memory, as VideoDataset's frames do."""
     first = tensors[0]
     step, storage = first.numel() * first.element_size(), first.untyped_storage().data_ptr()
-    if all(t.untyped_storage().data_ptr() == storage and t.data_ptr() == first.data_ptr() + i * step and t.stride() == first.stride() for i, t in enumerate(tensors)):
+    if all(t.untyped_storage().data_ptr() == storage and t.data_ptr() == first.data_ptr() + i * step and t.stride() == first.stride()
+           for i, t in enumerate(tensors)):
         return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
     return torch.stack(tensors)
 
@@ -775,8 +776,8 @@ def check(annotations, *, subsets=None, frames=None, features=None, durations=No
         videos, names = known[subset], names_of(known[subset])
         classes[subset], owners = class_names(videos), videos.owners()
         for problem, rows in segment_problems(videos).items():
-            problems += [(subset, names[owners[i]], problem, f"{videos.segments[i].tolist()} {videos.classes[videos.labels[i]]}, duration {videos.duration[owners[i]]}")
-                         for i in rows]
+            problems += [(subset, names[owners[i]], problem, f"{videos.segments[i].tolist()} {videos.classes[videos.labels[i]]}, "
+                          f"duration {videos.duration[owners[i]]}") for i in rows]
         have, bad = media.find_media(frames, names) if frames else {}, set()
         told = videos.duration.copy()
         for i, (seconds, wrong, prepared) in _inspect_all([(i, have[n]) for i, n in enumerate(names) if n in have], workers, subset):
@@ -858,7 +859,9 @@ def main_check(args):
     kinds = {}
     for p in problems:
         kinds[p[2]] = kinds.get(p[2], 0) + 1
-    print(f"{len(problems)} problems, listed in {path}" + "".join(f"\n  {n} x {k}" + (f" ({CONSEQUENCES[k]})" if k in CONSEQUENCES else "") for k, n in kinds.items()))
+    print(f"{len(problems)} problems, listed in {path}")
+    for kind, n in kinds.items():
+        print(f"  {n} x {kind}" + (f" ({CONSEQUENCES[kind]})" if kind in CONSEQUENCES else ""))
     for p in problems[:10]:
         print("    " + "  ".join(p))
     for words in fatal:
@@ -919,8 +922,8 @@ def main(argv=None):
     do.add_argument("--stride", type=int, default=8, help="frames between two of a snippet; config key data.stride (default: %(default)s)")
     do.add_argument("--short-side", type=int, default=256, help="pixels; smaller videos keep their size (default: %(default)s)")
     do.add_argument("--copies", type=int, nargs="*", help="short sides of smaller copies of each frame (default: short side / sqrt 2 and / 2, for low spatial "
-                    "fidelity: a ZIP is 1.8 times as large, S and ST samples load 3 to 4 times as fast as full ones; no number: no copies)")
-    do.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: %(default)s)")
+                    "fidelity: a ZIP is 1.7 times as large, S and ST samples load 3 to 4 times as fast as full ones; no number: no copies)")
+    do.add_argument("--quality", type=int, default=90, help="of the JPEGs; of the copies 5 less (default: %(default)s)")
     do.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one (default: %(default)s)")
     args = parser.parse_args(argv)
     try:

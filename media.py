@@ -108,7 +108,8 @@ def gather(frames, at, view=None, out=None, path=""):
 
 
 class Jpegs:
-    """A video as JPEG files. kept: numbers of those that there are, ascending; _reader(short_side) gives what reads one by its number, as bytes or a tensor of them."""
+    """A video as JPEG files. kept: numbers of those that there are, ascending; _reader(short_side): what reads one by its number, bytes or a tensor of
+    them; _name(number): what an error calls it."""
     note = None
 
     def read(self, numbers, short_side=None, view=None, out=None):
@@ -356,19 +357,20 @@ def shrink(frame, short_side):
 def prepare_video(path, target, settings):
     """Decodes one video once and writes the frames that `settings` need to `target`, whole or not at all. Returns its note, or None.
 
-    settings: snippets, frames, stride (see snippet_frames), short_side, copies (more, smaller short sides), quality (JPEG). ValueError if
+    settings: snippets, frames, stride (see snippet_frames), short_side, copies (more, smaller short sides), quality (JPEG; of the copies 5 less). ValueError if
     less than 90 % of it decodes.
     """
     media = open_media(path)
     if media.fps is None:
         raise ValueError(f"{path} is a folder of frames that tells no frame rate: put a video.json {{\"fps\", \"duration_sec\"}} into it")
     numbers = np.unique(snippet_frames(media.num_frames, *(settings[k] for k in ("snippets", "frames", "stride"))))
+    qualities = [settings["quality"]] + [max(settings["quality"] - 5, 1)] * len(settings["copies"])  # shrunken, it has more detail a pixel to decode
     sides, kept, jpegs = [settings["short_side"], *sorted(settings["copies"], reverse=True)], [], []
     for number, frame in media.decode(numbers, settings["short_side"]):
         frame = shrink(frame, sides[0])
         sides = [sides[0], *(s for s in sides[1:] if s < min(frame.shape[1:]))]  # a small video: no copy larger than itself
         kept.append(number)
-        jpegs.append([JpegEncoder(shrink(frame, s)).to_tensor(quality=settings["quality"]).numpy().tobytes() for s in sides])
+        jpegs.append([JpegEncoder(shrink(frame, s)).to_tensor(quality=q).numpy().tobytes() for s, q in zip(sides, qualities)])
     check_coverage(path, len(kept), len(numbers))
     notes = [media.note] if media.note else []
     if len(kept) < len(numbers):

@@ -474,9 +474,11 @@ def similarity(run, videos=None, gt=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for what, words in (("timeline", "detections of single videos"), ("map", "mAP against tIoU"), ("losses", "training, by epoch"), ("similarity", "SoLa's self-similarity maps")):
+    for what, words in (("timeline", "detections of single videos"), ("map", "mAP against tIoU"), ("losses", "training, by epoch"),
+                        ("similarity", "SoLa's self-similarity maps")):
         sub = commands.add_parser(what, help=words, description=words)
-        sub.add_argument("run", nargs="+" if what == "map" else None, help="the run's folder" + (", or NAME=FOLDER, or NAME=FOLDER,FOLDER of several seeds" if what == "map" else ""))
+        sub.add_argument("run", nargs="+" if what == "map" else None,
+                         help="the run's folder" + (", or NAME=FOLDER, or NAME=FOLDER,FOLDER of several seeds" if what == "map" else ""))
         if what in ("timeline", "similarity"):
             sub.add_argument("--video", nargs="+", metavar="NAME", help="which videos (default: the first ten of timeline, the first four of similarity)")
             sub.add_argument("--gt", metavar="ANNOTATIONS", help="ActivityNet JSON: draw the ground truth too")
