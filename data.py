@@ -849,7 +849,7 @@ def main_check(args):
         cfg = config.load(args.cfg, args.set).data
         args.annotations, args.subsets = args.annotations or cfg.annotations, args.subsets or [cfg.train_subset, cfg.val_subset]
         args.frames, args.features, args.durations = args.frames or cfg.frames, args.features or cfg.features, args.durations or cfg.durations
-        settings = {"snippets": cfg.snippets, "frames": cfg.frames_per_snippet, "stride": cfg.stride}
+        settings = {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
     if not args.annotations:
         raise ValueError("name a config with --cfg, or an annotation file with --annotations")
     problems, fatal = check(args.annotations, subsets=args.subsets, frames=args.frames, features=args.features, durations=args.durations,
@@ -885,8 +885,8 @@ def main_prepare(args):
         raise ValueError(f"none of the {len(names)} videos is in {args.videos}: expected, say, {args.videos}/{(names or ['VIDEO'])[0]}.mp4")
     left_out(print, f"{len(missing)} of {len(names)} videos are not in {args.videos}", missing, range(len(missing)))
     copies = [round(args.short_side / 2**0.5), args.short_side // 2] if args.copies is None else args.copies
-    settings = {k: getattr(args, k) for k in ("snippets", "frames", "stride", "short_side", "quality")} | {"copies": copies}
-    if min(*(v for v in settings.values() if v is not copies), *copies) < 1 or args.quality > 100:
+    settings = {k: getattr(args, k) for k in ("snippets", "frames", "stride", "short_side", "quality")} | {"copies": copies, "rate": args.rate}
+    if min(*(v for k, v in settings.items() if k not in ("copies", "rate")), *copies) < 1 or args.quality > 100 or args.rate is not None and args.rate <= 0:
         raise ValueError(f"{settings}: expected numbers of at least 1, and a quality of at most 100")
     made, failed = media.prepare(found, args.out, settings, args.workers, tqdm.write)
     print(f"{args.out}: {len(made)} prepared, {len(found) - len(made) - len(failed)} were there already, {len(failed)} failed, {len(missing)} missing")
@@ -918,6 +918,7 @@ def main(argv=None):
     do.add_argument("--subsets", nargs="+", help="only these subsets of it (default: all)")
     do.add_argument("--out", required=True, help="folder for VIDEO.zip; config key data.frames")
     do.add_argument("--snippets", type=int, default=100, help="L; config key data.snippets (default: %(default)s)")
+    do.add_argument("--rate", type=float, help="snippets a second instead, for windows; data.rate")
     do.add_argument("--frames", type=int, default=8, help="T, frames a snippet; config key data.frames_per_snippet (default: %(default)s)")
     do.add_argument("--stride", type=int, default=8, help="frames between two of a snippet; config key data.stride (default: %(default)s)")
     do.add_argument("--short-side", type=int, default=256, help="pixels; smaller videos keep their size (default: %(default)s)")

@@ -357,13 +357,14 @@ def shrink(frame, short_side):
 def prepare_video(path, target, settings):
     """Decodes one video once and writes the frames that `settings` need to `target`, whole or not at all. Returns its note, or None.
 
-    settings: snippets, frames, stride (see snippet_frames), short_side, copies (more, smaller short sides), quality (JPEG; of the copies 5 less). ValueError if
-    less than 90 % of it decodes.
+    settings: snippets (or rate, so many a second), frames, stride (see snippet_frames), short_side, copies (more, smaller short sides), quality
+    (JPEG; of the copies 5 less). ValueError if less than 90 % of it decodes.
     """
     media = open_media(path)
     if media.fps is None:
         raise ValueError(f"{path} is a folder of frames that tells no frame rate: put a video.json {{\"fps\", \"duration_sec\"}} into it")
-    numbers = np.unique(snippet_frames(media.num_frames, *(settings[k] for k in ("snippets", "frames", "stride"))))
+    snippets = max(round(media.duration * settings["rate"]), 1) if settings.get("rate") else settings["snippets"]
+    numbers = np.unique(snippet_frames(media.num_frames, snippets, settings["frames"], settings["stride"]))
     qualities = [settings["quality"]] + [max(settings["quality"] - 5, 1)] * len(settings["copies"])  # shrunken, it has more detail a pixel to decode
     sides, kept, jpegs = [settings["short_side"], *sorted(settings["copies"], reverse=True)], [], []
     for number, frame in media.decode(numbers, settings["short_side"]):

@@ -237,6 +237,13 @@ def test_a_prepared_zip_has_the_frames_that_full_fidelity_needs_and_nothing_else
     assert read.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_rate_asks_for_as_many_snippets_as_the_video_has_seconds(folder, tmp_path):
+    media.prepare_video(folder, f"{tmp_path}/v.zip", {**SETTINGS, "rate": 0.5})  # 4 s: 2 snippets, centres 10 and 30
+    assert media.open_media(f"{tmp_path}/v.zip").kept.tolist() == [9, 11, 29, 31]
+    with pytest.raises(ValueError, match="rate 0.5 there, 1 now"):
+        media.prepared_already(f"{tmp_path}/v.zip", {**SETTINGS, "rate": 1})
+
+
 def test_the_same_zip_packed_again_reads_the_same(folder, tmp_path):
     media.prepare_video(folder, f"{tmp_path}/v.zip", SETTINGS)
     before = media.open_media(f"{tmp_path}/v.zip").read(range(40))
