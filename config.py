@@ -21,20 +21,23 @@ class Config(dict):
     __getattr__ = dict.__getitem__
 
 
-def merge(base, changes, where=""):
-    """A new Config: `base` with `changes` in it. ValueError for a key that base lacks, with the nearest one that it has."""
+def merge(base, changes, where="", kinds=None):
+    """A new Config: `base` with `changes` in it. ValueError for a key that base lacks, with the nearest one that it has, and for a value of another
+    kind than the one in `kinds` (default: base); what is null there may become anything but a block."""
+    kinds = base if kinds is None else kinds
     out = Config({k: merge(v, {}) if isinstance(v, dict) else v for k, v in base.items()})
     for key, value in changes.items():
         if key not in base:
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise ValueError(f"config key {where}{key} is read by nothing; did you mean {where}{near}? configs/default.yaml has them all")
+        known = kinds[key]
         for kind, words in ((dict, "a block of keys"), (list, "a list, as in [S, T, ST]")):
-            if isinstance(base[key], kind) != isinstance(value, kind) and not (base[key] is None and kind is list):  # null: may become anything but a block
-                raise ValueError(f"config key {where}{key} is {value!r}, expected {words if isinstance(base[key], kind) else 'one value'}")
-        if isinstance(base[key], (int, float)) and (isinstance(base[key], bool) != isinstance(value, bool) or not isinstance(value, (int, float))):
-            kind = "true or false" if isinstance(base[key], bool) else "a number (YAML reads 1e-4 as a word: write 1.0e-4)"
+            if isinstance(known, kind) != isinstance(value, kind) and not (known is None and kind is list):
+                raise ValueError(f"config key {where}{key} is {value!r}, expected {words if isinstance(known, kind) else 'one value'}")
+        if isinstance(known, (int, float)) and (isinstance(known, bool) != isinstance(value, bool) or not isinstance(value, (int, float))):
+            kind = "true or false" if isinstance(known, bool) else "a number (YAML reads 1e-4 as a word: write 1.0e-4)"
             raise ValueError(f"config key {where}{key} is {value!r}, expected {kind}")
-        out[key] = merge(base[key], value, f"{where}{key}.") if isinstance(value, dict) else value
+        out[key] = merge(base[key], value, f"{where}{key}.", known) if isinstance(value, dict) else value
     return out
 
 
@@ -64,7 +67,8 @@ def read_yaml(path):
 
 def load(path, words=()):
     """The config of a file under configs/default.yaml, changed by words "key.sub=value" (the value as YAML)."""
-    cfg = merge(read_yaml(f"{HERE}/configs/default.yaml"), read_yaml(path))
+    default = read_yaml(f"{HERE}/configs/default.yaml")
+    cfg = merge(default, read_yaml(path))
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -75,7 +79,7 @@ def load(path, words=()):
             raise ValueError(f"--set {word}: the value is no YAML: {error}") from None
         for part in reversed(key.split(".")):
             change = {part: change}
-        cfg = merge(cfg, change)
+        cfg = merge(cfg, change, kinds=default)
     return cfg
 
 
@@ -92,7 +96,7 @@ def reference(path=f"{HERE}/configs/default.yaml"):
             last = first if block else max(first, value.end_mark.line - (value.end_mark.column == 0))
             words = [lines[last].partition(" # ")[2].strip()]
             for line in lines[last + 1:] if words[0] else ():
-                if not line.lstrip().startswith("#") or line.startswith("#"):
+                if not line.lstrip().startswith("#") or line.index("#") < 10:  # a comment of its own
                     break
                 words.append(line.strip(" #"))
             default = "" if block else f"`{lines[first].partition(':')[2].partition(' # ')[0].strip()}`"
@@ -126,10 +130,28 @@ def check_words(words):
                 raise ValueError(f"config key {key} has {value!r}, expected {', '.join(known)}")
 
 
-def check_counts(block, name, keys):
-    for key in keys:
-        if key in block and (block[key] < 1 or block[key] != int(block[key])):
-            raise ValueError(f"config key {name}.{key} is {block[key]!r}, expected a whole number of at least 1")
+COUNTS = {1: ("epochs", "batch_size", "accumulate", "hidden", "subsequence", "draws", "probe_videos", "every", "period", "frames", "snippets", "frames_per_snippet", "stride",
+              "size", "depth", "width", "gcn_width", "gcn_groups", "stem_groups", "neighbours", "inner_bins", "kernel", "durations", "samples", "groups", "top_k",
+              "classes_per_video"), 0: ("workers", "seed", "shift_div", "context_bins")}  # whole numbers of at least so much, wherever they stand
+
+
+def check_numbers(cfg):
+    """ValueError for the first number that no run can go on with."""
+    least = {name: low for low, names in COUNTS.items() for name in names}
+    for key, value in flat(cfg).items():
+        leaf, low, number = key.rsplit(".", 1)[-1], None, isinstance(value, (int, float))
+        low = 1 if key == "features.chunk" else 0 if key == "lofi.chunk" else least.get(leaf)
+        if number and low is not None and (value != int(value) or value < low):
+            raise ValueError(f"config key {key} is {value!r}, expected a whole number of at least {low}")
+        if number and (leaf in ("lr", "factor", "sigma", "crop", "rate") and value <= 0 or leaf in ("clip", "weight_decay", "momentum", "class_weight", "coefficient") and value < 0):
+            raise ValueError(f"config key {key} is {value!r}, expected a positive number")
+    if not cfg["detect"]["tiou"] or not all(isinstance(t, (int, float)) and 0 < t <= 1 for t in cfg["detect"]["tiou"]):
+        raise ValueError(f"config key detect.tiou is {cfg['detect']['tiou']}, expected a list of thresholds in (0, 1]")
+    if not cfg["stages"] or not cfg["out"]:
+        raise ValueError(f"config keys stages and out are {cfg['stages']} and {cfg['out']!r}, expected a list of stages and a folder")
+    for block in ("gtad", "sola"):
+        if cfg[block]["kernel"] % 2 == 0:
+            raise ValueError(f"config key {block}.kernel is {cfg[block]['kernel']}, expected an odd number")
 
 
 def about(cfg):

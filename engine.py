@@ -134,6 +134,11 @@ def save_weights(model, path, **facts):
     write_aside(path, lambda f: torch.save({"model": state, **facts}, f))
 
 
+def seconds_of(path):
+    """The cost of an encoder checkpoint, with all that it was made from; 0 if somebody else made it."""
+    return torch.load(path, map_location="cpu", weights_only=True).get("seconds", 0.0) if os.path.isfile(path or "") else 0.0
+
+
 def save_checkpoint(state, path):
     """Keeps the checkpoint before this one beside it, as PATH.previous."""
     if os.path.exists(path):

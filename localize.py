@@ -203,10 +203,10 @@ def main(argv=None):
         results, videos = before(out, args.run)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"localize.py: {error}")
-    failed = 0
+    failed = without_picture = 0
     try:
         for path in args.videos:
-            started = time.monotonic()
+            started, localized = time.monotonic(), False
             try:
                 source = media.open_media(path)
                 found = localize(model, source, bar=True)
@@ -217,6 +217,7 @@ def main(argv=None):
                 results[name] = found
                 videos[name] = {"path": os.path.abspath(path), "duration": source.duration}
                 evaluate.save_results(results, f"{out}/result.json", class_source=SOURCE, run=os.path.abspath(args.run), videos=videos)
+                localized = True
                 if not args.no_picture:
                     annotated = plots.of_video(truth, stem)
                     if args.gt and annotated is None:
@@ -225,7 +226,7 @@ def main(argv=None):
                     plots.save(figure, f"{out}/{name}.png")
                     print(f"  -> {out}/{name}.png")
             except (ValueError, OSError, RuntimeError) as error:
-                failed += 1
+                failed, without_picture = failed + (not localized), without_picture + localized
                 words = (str(error) or type(error).__name__).splitlines()[0]
                 more = "; try a smaller --chunk" if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in words else ""
                 print("localize.py: " + ("" if path in words else f"{path}: ") + words + more, file=sys.stderr)
@@ -233,8 +234,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("localize.py: interrupted; the videos that are done are in the result")
     done = len(args.videos) - failed
-    print(f"{done} of {len(args.videos)} videos" + (f" -> {out}/result.json" if done else "") + f"; peak memory {engine.peak_memory_gb(model.device):.2f} GB")
-    if failed:
+    print(f"{done} of {len(args.videos)} videos" + (f", {without_picture} of them without a picture" if without_picture else "") + (f" -> {out}/result.json" if done else "") + f"; peak memory {engine.peak_memory_gb(model.device):.2f} GB")
+    if failed or without_picture:
         sys.exit(1)
 
 

@@ -43,8 +43,8 @@ def check(cfg, files=True):
              "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train", "recalibrate")), "lofi.order": ([cfg.lofi.order], ("long", "short"))}
     for name, block in {"lofi": cfg.lofi, "sola": cfg.sola, "head": cfg.head, **{f"pretrain.{k}": v for k, v in cfg.pretrain.items() if isinstance(v, dict)}}.items():
         words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
-        config.check_counts(block, name, ("epochs", "batch_size", "accumulate", "hidden", "subsequence", "draws", "probe_videos"))
     config.check_words(words)
+    config.check_numbers(cfg)
     if cfg.data.windows != bool(cfg.data.rate) and not cfg.data.features:
         raise ValueError(f"data.windows is {cfg.data.windows} and data.rate {cfg.data.rate}: features of one's own need both for windows, or none")
     low_fidelity_cycle(cfg)
@@ -54,7 +54,8 @@ def check(cfg, files=True):
         raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
         load_annotations(cfg.data.annotations)
-        for which in ("train", "val") if {"lofi", "features"} & set(cfg.stages) else ():
+        target = {"lofi", "features"} & set(cfg.stages) or "pretrain" in cfg.stages and "acp_plus" in cfg.pretrain.method
+        for which in ("train", "val") if target else ():
             subset(cfg, which, cfg.data.frames, "frames", say=lambda words: None)
         for key, path in (("pretrain.start", cfg.pretrain.start), ("pretrain.checkpoint", cfg.pretrain.checkpoint), ("detect.classes_from", cfg.detect.classes_from)):
             if path not in (None, "torchvision", "own", "ground_truth") and not os.path.isfile(path):
@@ -72,11 +73,6 @@ def build_localizer(cfg, **options):
 def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
     return train(model, dataset, fidelities, options=options, loss=cfg.loss, seed=cfg.seed, name=name, folder=f"{cfg.out}/{name}", process=process,
                  workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg), **cycle)
-
-
-def seconds_of(path):
-    """The cost of an encoder checkpoint, with all that it was made from; 0 if somebody else made it."""
-    return torch.load(path, map_location="cpu", weights_only=True).get("seconds", 0.0) if os.path.isfile(path or "") else 0.0
 
 
 def subset(cfg, which, source, kind, say):
@@ -103,7 +99,7 @@ def pretrain(cfg, process):
     """Encoder before localization: random, or trained by one of the classification tasks of pretrain.py."""
     method, checkpoint = cfg.pretrain.method, cfg.pretrain.checkpoint
     torch.manual_seed(data.seed_of(cfg.seed, "encoder"))
-    encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), seconds_of(checkpoint), {}
+    encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), engine.seconds_of(checkpoint), {}
     for phase in phases(method, checkpoint):
         options = options_of(cfg.pretrain, phase)
         clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say)
@@ -153,7 +149,7 @@ def lofi(cfg, process):
         started = time.monotonic()
         recalibrate(model.encoder, video_dataset(cfg, process, "train", train=False), full_fidelity(cfg), cfg.features.chunk, process=process, workers=cfg.data.workers)
         seconds += time.monotonic() - started
-    save_encoder(cfg, process, model.encoder, "lofi", seconds + seconds_of(path))
+    save_encoder(cfg, process, model.encoder, "lofi", seconds + engine.seconds_of(path))
 
 
 def features(cfg, process):
@@ -179,7 +175,7 @@ def features(cfg, process):
         engine.save_json({"encoder": path, "encoder_sha256": data.file_hash(path), **cfg.encoder, "snippets": cfg.data.snippets,
                           "frames_per_snippet": cfg.data.frames_per_snippet, "stride": cfg.data.stride, "size": cfg.data.size,
                           "snippet_stride_sec": 1 / cfg.data.rate if cfg.data.rate else "duration_sec / snippets",
-                          "snippet_window_frames": cfg.data.frames_per_snippet * cfg.data.stride, "seconds": seconds + seconds_of(path), "videos": videos},
+                          "snippet_window_frames": cfg.data.frames_per_snippet * cfg.data.stride, "seconds": seconds + engine.seconds_of(path), "videos": videos},
                          f"{cfg.out}/features/features.json")
 
 
@@ -216,8 +212,10 @@ def head(cfg, process):
 
 def detect(cfg, process):
     """Proposals of every validation video, each rank its share; soft-NMS, classes, result JSON, metrics."""
-    started = time.monotonic()
-    saved = torch.load(f"{cfg.out}/head/head.pt", map_location="cpu", weights_only=True)
+    started, path = time.monotonic(), f"{cfg.out}/head/head.pt"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"stage detect needs {path}: list stage head before it")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     dataset = feature_dataset(cfg, process, "val", saved["classes"])
     model = build_localizer(cfg, channels=dataset.channels, classes=len(dataset.classes))
     model.load_state_dict(saved["model"])
@@ -252,9 +250,9 @@ def detect(cfg, process):
                 + f", average {100 * metrics['average_mAP']:.2f} %; evaluated {metrics['evaluated_videos']} of {metrics['ground_truth_videos']} videos")
 
 
-STAGES = {pretrain: "pretrain/encoder.pt", lofi: "lofi/encoder.pt", features: "features/features.json", sola: "sola/features/features.json",
-          head: "head/head.pt", detect: "metrics.json"}
-STAGES = {stage.__name__: (stage, product) for stage, product in STAGES.items()}
+STAGES = {stage.__name__: (stage, product) for stage, product in (
+    (pretrain, "pretrain/encoder.pt"), (lofi, "lofi/encoder.pt"), (features, "features/features.json"), (sola, "sola/features/features.json"),
+    (head, "head/head.pt"), (detect, "metrics.json"))}
 
 
 def main(argv=None):

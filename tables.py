@@ -17,6 +17,7 @@ import numpy as np
 import config
 import evaluate
 
+MARK = "<!-- made by tables.py -->"
 HERE = os.path.dirname(os.path.abspath(__file__))
 FROZEN, ACP = "stages=[pretrain,features,head,detect]", "pretrain.checkpoint={runs}/acp/pretrain/encoder.pt"
 
@@ -109,6 +110,8 @@ def main(argv=None):
     parser.add_argument("--markdown", default="runs/tables.md", help="file for the tables")
     args = parser.parse_args(argv)
     rows, folders = in_order([r for t in args.tables for r in TABLES[t][1]]), {}
+    if os.path.isdir(args.markdown) or os.path.exists(args.markdown) and not open(args.markdown, errors="replace").readline().startswith(MARK):
+        sys.exit(f"tables.py: {args.markdown} is there already and not a table of this program: name another file with --markdown")
     try:
         for seed in args.seeds:
             data, runs = args.data.format(seed=seed), args.runs.format(seed=seed)
@@ -127,8 +130,9 @@ def main(argv=None):
     except subprocess.CalledProcessError as error:
         sys.exit(f"tables.py: {' '.join(error.cmd[1:])} ended with status {error.returncode}; the same command goes on from there")
     os.makedirs(os.path.dirname(args.markdown) or ".", exist_ok=True)
-    with open(args.markdown, "w") as f:
-        f.write(text)
+    with open(f"{args.markdown}.part", "w") as f:
+        f.write(f"{MARK}\n{text}")
+    os.replace(f.name, args.markdown)
     print(text)
 
 

@@ -11,6 +11,7 @@ pooling, averaged over the T frames of a snippet.
 
 Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and torchvision only: copy this file where you need it.
 """
+import os
 import warnings
 
 import torch
@@ -321,20 +322,23 @@ def load_weights(encoder, source):
     module.base_model.layer1.0.conv1.net.weight). Raises ValueError that lists missing and unexpected keys and shapes.
     """
     state = torchvision_weights(encoder) if source == "torchvision" else source
-    if isinstance(state, str):
+    if isinstance(state, (str, os.PathLike)):
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a truncated or foreign file makes torch raise
             raise ValueError(f"{source} cannot be read as a PyTorch checkpoint of tensors ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{source} holds a {type(state).__name__}, expected a state dict")
-    made = state.get("encoder", {})  # what no weight tells, in checkpoints of this project
+    made = state.get("encoder")  # what no weight tells, in checkpoints of this project
+    made = made if isinstance(made, dict) else {}
     if made and made.get("name", "tsm") != encoder.name:
         raise ValueError(f"{source} holds the weights of {made.get('name', 'tsm')}, this encoder is {encoder.name}: check the config key encoder.name")
-    if made and encoder.name == "tsm" and (made["shift_div"], made["maxpool"]) != (encoder.shift_div, not isinstance(encoder.maxpool, nn.Identity)):
-        warnings.warn(f"{source} was trained with shift_div {made['shift_div']}, maxpool {made['maxpool']}; this encoder has others")
+    if made and encoder.name == "tsm" and (made.get("shift_div"), made.get("maxpool")) != (encoder.shift_div, not isinstance(encoder.maxpool, nn.Identity)):
+        warnings.warn(f"{source} was trained with shift_div {made.get('shift_div')}, maxpool {made.get('maxpool')}; this encoder has others")
     for wrapper in ("model", "state_dict"):
-        state = state.get(wrapper, state)
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise ValueError(f"{source if isinstance(source, (str, os.PathLike)) else 'the dict'} holds no state dict of names and tensors, but {list(state)[:5]}")
     renamed = {}
     for key, value in state.items():
         key = key.removeprefix("module.").removeprefix("base_model.").replace(".net.", ".")

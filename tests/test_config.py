@@ -103,3 +103,21 @@ def test_what_a_killed_start_was_writing_is_removed(tmp_path):
     os.utime(old, (0, 0))
     config.open_run(cfg, lambda obj, path: open(path, "w").write("{}"))
     assert not old.exists() and new.exists()
+
+
+@pytest.mark.parametrize("word, message", [("lofi.chunk=-3", "at least 0"), ("lofi.chunk=2.5", "whole number"), ("features.chunk=0", "at least 1"), ("sola.every=0", "at least 1"),
+                                           ("gtad.kernel=2", "odd"), ("detect.sigma=0", "positive"), ("detect.tiou=[5]", "thresholds"), ("detect.top_k=0", "at least 1"),
+                                           ("stages=[]", "a list of stages"), ("out=", "a folder"), ("gtad.durations=0", "at least 1"), ("seed=1.5", "whole number"),
+                                           ("lofi.clip=-1", "positive")])
+def test_numbers_that_no_run_can_go_on_with(word, message):
+    with pytest.raises(ValueError, match=message):
+        config.check_numbers(config.load("configs/toy.yaml", [word]))
+
+
+@pytest.mark.parametrize("path", glob.glob("configs/*.yaml"))
+def test_numbers_of_every_config_are_possible(path):
+    config.check_numbers(config.load(path))
+
+
+def test_a_key_that_is_null_by_default_takes_a_list_where_a_file_names_one_thing():
+    assert config.load("configs/thumos14.yaml", ["data.features=[a,b]"]).data.features == ["a", "b"]

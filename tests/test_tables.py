@@ -41,7 +41,11 @@ def test_a_table_has_means_spreads_gains_and_the_papers_numbers(tmp_path, capsys
     changed = ["--set", f"data.annotations={tmp_path}/data/annotations.json", "data.frames=data/toy/frames", "pretrain.icp.source=data/toy/stills", "pretrain.acp.source=data/toy/clips"]
     tables.main(argv + changed)
     text = (tmp_path / "t.md").read_text()
-    assert text in capsys.readouterr().out
+    assert text.startswith(tables.MARK) and text.partition("\n")[2] in capsys.readouterr().out
+    (tmp_path / "mine.md").write_text("my notes")
+    with pytest.raises(SystemExit, match="not a table of this program"):
+        tables.main([*argv, "--markdown", f"{tmp_path}/mine.md", *changed])
+    assert (tmp_path / "mine.md").read_text() == "my notes"
     rows = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines() if line.startswith("| "))}
     # ACP 10 and 11 %, Arrow 12 and 14 %: 13 on average with a sample deviation of sqrt 2, 2 and 3 points ahead
     assert rows["ACP"] == ["21.00 ± 1.41", "10.50 ± 0.71", "1.00 ± 0.00", "10.50 ± 0.71", "", "10", "", "2", "49.64 / 34.16 / 7.68 / 33.59", ""]

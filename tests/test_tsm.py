@@ -315,3 +315,14 @@ def test_weights_and_sizes_that_do_not_fit_a_video_network_are_refused(tmp_path)
         VideoNetwork("s3d")(torch.zeros(1, 1, 4, 3, 16, 16))
     with torch.device("meta"), pytest.raises(ValueError, match="mvit_v1_b got snippets of 8 frames"):
         VideoNetwork("mvit_v1_b")(torch.zeros(1, 1, 8, 3, 224, 224))
+
+
+@pytest.mark.parametrize("wrong", [{"model": None}, {0: torch.zeros(1)}, {"model": {"conv1.weight": 3}}, {"encoder": "tsm", "epoch": 3}])
+def test_a_dict_of_something_else_is_one_error(wrong):
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_weights(TSM(width=8), wrong)
+
+
+def test_a_path_may_be_a_path_object(tmp_path):
+    torch.save({"model": TSM(width=8).state_dict()}, tmp_path / "e.pt")
+    load_weights(TSM(width=8), tmp_path / "e.pt")

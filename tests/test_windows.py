@@ -55,6 +55,16 @@ def test_training_takes_windows_with_segments_and_detection_all_windows_of_a_vid
         data.WindowDataset(data.FeatureDataset(videos[1:], features_of(tmp_path / "g", {"b": 5}), ["x"]), 8, train=True)
 
 
+def test_windows_over_sources_of_two_rates(tmp_path):
+    """The second source has half the rate: it is brought to the first one's before windows are cut."""
+    videos = [data.Video("a", 20.0, torch.tensor([[0.0, 1.0]]), ("x",))]
+    fast, slow = features_of(tmp_path / "f", {"a": 20}, 1), features_of(tmp_path / "g", {"a": 10}, 1)
+    whole = data.WindowDataset(data.FeatureDataset(videos, [fast, slow], ["x"]), 8)[0, None]
+    assert whole["features"].shape == (4, 2, 8)
+    assert whole["features"][3, 0].tolist() == list(range(12, 20))
+    torch.testing.assert_close(whole["features"][2, 1], (torch.arange(8, 16) + 0.5) / 2 - 0.5)
+
+
 class Recorded:
     """A model whose proposals and class logits are told by its input: channel 0 holds start, end and score of one proposal, channel 1 the logits."""
 
