@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -116,6 +117,15 @@ def fractions(segments, duration):
         return clipped, (clipped[:, 1] > clipped[:, 0]) & np.isfinite(segments).all(1)
 
 
+def without_repeats(pairs):
+    """The dictionary of a JSON object. json.load alone would let the last of several equal keys win, so that videos vanish."""
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands there more than once")
+    return known
+
+
 def load_annotations(path):
     """Reads an ActivityNet JSON: {subset: Videos}, in the file's order, each with its segments in seconds as they stand there.
 
@@ -125,7 +135,7 @@ def load_annotations(path):
         raise FileNotFoundError(f"no annotation file {path}: set data.annotations, or make the toy data with `python toy.py --out data/toy`")
     with open(path, "rb") as f:
         try:
-            database = json.load(f)["database"]
+            database = json.load(f, object_pairs_hook=without_repeats)["database"]
             database.items()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no ActivityNet annotation file: expected JSON {{'database': {{VIDEO: {{'subset', 'duration', "
@@ -137,6 +147,8 @@ def load_annotations(path):
             if not (math.isnan(duration) or 0 < duration < math.inf):
                 raise ValueError(f"duration {duration}")
             segments = [(float(start), float(end)) for start, end in (a["segment"] for a in entry["annotations"])]
+            if any(a["label"] is None for a in entry["annotations"]):
+                raise ValueError("label null")
             labels = [classes.setdefault(str(a["label"]), len(classes)) for a in entry["annotations"]]
             names, durations, rows, flat, flat_labels = subsets.setdefault(entry["subset"], ([], [], [0], array("d"), array("i")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -254,8 +266,11 @@ def fill_durations(names, duration, *, told=None, source=None, paths=None):
     features.json beside the features in `source`, else from media, paths {name: path}."""
     about = {}
     if told is not None:
-        with open(told) as f:
-            about = json.load(f)
+        try:
+            with open(told) as f:
+                about = {name: float(seconds) for name, seconds in json.load(f).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{told} cannot be read as durations ({type(error).__name__}: {error}): expected JSON {{VIDEO: seconds}}") from None
     elif source is not None:
         beside = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/features.json"
         if os.path.exists(beside):
@@ -545,6 +560,9 @@ class ClipDataset:
             rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
             where, corner, flip = rng.random(), tuple(rng.random(2).tolist()), bool(self.flip and rng.random() < 0.5)
         first, end = clip.start_sec * fps, min(clip.end_sec * fps, source.num_frames)
+        if not first < end:
+            raise ValueError(f"{clip.path}: a clip from {clip.start_sec:g} to {clip.end_sec:g} s, of a video of {source.num_frames / fps:g} s, has no frame: "
+                             "correct its times")
         try:
             numbers = clip_frames(first, end, self.frames, self.stride, where, clip.play)
         except ValueError as error:
@@ -605,6 +623,12 @@ def read_features(path):
     return features
 
 
+def finite(x, path):
+    if not np.isfinite(x).all():
+        raise ValueError(f"{shown(path)} has NaN or infinite features: extract this video again")
+    return x
+
+
 class FeatureDataset:
     """Features: dataset[index, fidelity] -> {"name", "features" (C, L) float32, "segments" (N, 2), "target" (n,) class distribution}.
 
@@ -622,8 +646,12 @@ class FeatureDataset:
         self.widths = [x.shape[1] for x in self._read(0)]
         self.channels = sum(self.widths)
 
-    def _read(self, index):
-        return [read_features(paths[index]) for paths in self.paths]
+    def _read(self, index, widths=None):
+        read = [read_features(paths[index]) for paths in self.paths]
+        for paths, x, width in zip(self.paths, read, widths or ()):
+            if x.shape[1] != width:
+                raise ValueError(f"{shown(paths[index])} has {x.shape[1]} channels, {shown(paths[0])} has {width}")
+        return read
 
     def set_epoch(self, epoch):
         pass  # no augmentation
@@ -636,14 +664,13 @@ class FeatureDataset:
         return len(read_features(self.paths[0][index]))
 
     def features(self, index, snippets=None, rows=slice(None)):
-        """The snippets `rows` of video `index`, (C, L) float32, resized to `snippets` if told; of several sources as many as of the first."""
-        parts = []
-        for paths, width, x in zip(self.paths, self.widths, self._read(index)):
+        """The snippets `rows` of video `index`, (C, L) float32, resized to `snippets` if told; the rate of several sources is that of the first."""
+        parts, sources = [], self._read(index, self.widths)
+        for paths, x in zip(self.paths, sources):
+            if rows != slice(None) and len(x) != len(sources[0]):
+                x = interpolate(torch.from_numpy(np.array(x, np.float32)).t()[None], len(sources[0]), mode="linear", align_corners=False)[0].t().numpy()
             x = torch.from_numpy(np.array(x[rows], np.float32)).t()  # (C, L)
-            if x.shape[0] != width:
-                raise ValueError(f"{shown(paths[index])} has {x.shape[0]} channels, {shown(paths[0])} has {width}")
-            if not x.isfinite().all():
-                raise ValueError(f"{shown(paths[index])} has NaN or infinite features: extract this video again")
+            finite(x.numpy(), paths[index])
             wanted = snippets or (parts or [x])[0].shape[1]
             parts.append(x if x.shape[1] == wanted else interpolate(x[None], wanted, mode="linear", align_corners=False)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -661,10 +688,8 @@ class FeatureDataset:
         sums, means = [[0, 0.0, 0.0] for _ in self.paths], []
         for i in np.linspace(0, len(self) - 1, min(len(self), most)).round().astype(int).tolist():
             means.append([])
-            for part, paths, x in zip(sums, self.paths, self._read(i)):
-                x = np.asarray(x, np.float64)
-                if not np.isfinite(x).all():
-                    raise ValueError(f"{shown(paths[i])} has NaN or infinite features: extract this video again")
+            for part, paths, x in zip(sums, self.paths, self._read(i, self.widths)):
+                x = finite(np.asarray(x, np.float64), paths[i])
                 part[0], part[1], part[2] = part[0] + len(x), part[1] + x.sum(0), part[2] + (x * x).sum(0)
                 means[-1].append(x.mean(0))
         mean, square_mean = (np.concatenate([part[k] / part[0] for part in sums]) for k in (1, 2))
@@ -752,33 +777,41 @@ MARK = "# problems that `python data.py check` found"
 
 
 def _inspect(path):
-    """Duration (or None), what is wrong (or None) and the settings of preparation (or None) of one media file, of which one frame is decoded."""
+    """Duration (or None), what is wrong (or None) and the settings of preparation (or None) of one media file, of which eleven frames
+    are decoded, from the first to the last: reading bears that one of ten is broken."""
     try:
         source = media.open_media(path)
-        source.read([source.num_frames // 2])
+        count = (source.index(np.arange(source.num_frames)) >= 0).sum() if hasattr(source, "index") else source.num_frames  # without what a cut file lacks
+        source.read(np.linspace(0, count - 1, 11).round().astype(int))
         return source.duration, source.note, getattr(source, "prepared", None)
     except (ValueError, OSError) as error:
         return None, str(error), None
 
 
-def check(annotations, *, subsets=None, frames=None, features=None, durations=None, settings=None, workers=0, say=print):
-    """Looks through a data set; returns (problems, fatal): [(subset, video, problem, detail)] and what keeps training from starting, [str].
+def check(annotations, *, subsets=None, frames=None, features=None, durations=None, settings=None, required=None, workers=0, say=print):
+    """Looks through a data set; returns (problems, fatal): [(subset, video, problem, detail)] and what keeps training from starting or ending, [str].
 
     subsets: those to look at; None: all that have segments. frames: folder; features: folder, HDF5 file or a list of them. settings:
-    snippets, frames and stride that prepared frames should have been made for. One line a subset goes through `say`.
+    snippets, frames and stride that prepared frames should have been made for. required: those of "frames" and "features" that training reads;
+    None: whatever is named, and a video needs one of them. One line a subset goes through `say`.
     """
     known = load_annotations(annotations)
     fatal = [f"the annotations have no subset {s!r}, only {sorted(known)}" for s in subsets or () if s not in known]
     chosen = [s for s in (subsets if subsets is not None else known) if s in known and (subsets is not None or len(known[s].segments))]
     problems, classes, widths = [], {}, {}
     sources = [] if features is None else features if isinstance(features, list) else [features]
+    given, stops, unknown = {"frames": [frames] if frames else [], "features": sources}, [], set()
+    for kind in given if required is None else required:
+        if required and not given[kind]:
+            fatal.append(f"the stages read {kind}: set data.{kind}")
+        fatal += [f"there are no {kind} at {s}: no such file or folder" for s in given[kind] if not os.path.exists(s)]
     for subset in chosen:
         videos, names = known[subset], names_of(known[subset])
         classes[subset], owners = class_names(videos), videos.owners()
         for problem, rows in segment_problems(videos).items():
             problems += [(subset, names[owners[i]], problem, f"{videos.segments[i].tolist()} {videos.classes[videos.labels[i]]}, "
                           f"duration {videos.duration[owners[i]]}") for i in rows]
-        have, bad = media.find_media(frames, names) if frames else {}, set()
+        have, bad = media.find_media(frames, names, say=say) if frames else {}, set()
         told = videos.duration.copy()
         for i, (seconds, wrong, prepared) in _inspect_all([(i, have[n]) for i, n in enumerate(names) if n in have], workers, subset):
             if seconds is None and wrong:
@@ -796,20 +829,23 @@ def check(annotations, *, subsets=None, frames=None, features=None, durations=No
         for source, where in zip(sources, found):
             for name in tqdm(sorted(usable), f"features {subset}", unit="video", leave=False, disable=None):
                 try:
-                    widths.setdefault(source, {}).setdefault(read_features(where[name]).shape[1], []).append((subset, name, shown(where[name])))
+                    width = finite(read_features(where[name]), where[name]).shape[1]
+                    widths.setdefault(source, {}).setdefault(width, []).append((subset, name, shown(where[name])))
                 except ValueError as error:
                     usable = usable - {name}
                     problems.append((subset, name, "features cannot be read", str(error)))
         told = fill_durations(names, told, told=durations, source=sources[0] if sources else None)
         neither = [n for n in names if n not in usable_frames and n not in usable] if frames or sources else []
         absent = set(neither)
+        unknown |= {names[i] for i in np.flatnonzero(np.isnan(told))}  # training leaves these out
         problems += [(subset, names[i], "no duration", "neither the annotations nor frames or features tell it: set data.durations")
                      for i in np.flatnonzero(np.isnan(told)) if names[i] not in absent]
         problems += [(subset, n, "media missing", f"neither frames in {frames} nor features in {features}") for n in neither if n not in bad]
         say(f"{subset}: {len(names)} videos, {len(videos.segments)} segments, {np.nansum(told) / 3600:.2f} hours, {len(classes[subset])} classes"
             + (f"; {len(usable_frames)} with frames, {len(usable)} with features, {len(neither)} with neither" if frames or sources else ""))
-        if len(neither) == len(names) and (frames or sources):
+        if len(neither) == len(names) and (frames or sources) and required is None:
             fatal.append(f"no video of subset {subset} has frames or features that can be read")
+        fatal += [f"no video of subset {subset} has {kind} that can be read" for kind in required or () if not (usable_frames if kind == "frames" else usable)]
         if np.isnan(told).all():
             fatal.append(f"no video of subset {subset} has a duration, in the annotations or elsewhere")
         if not classes[subset]:
@@ -820,7 +856,12 @@ def check(annotations, *, subsets=None, frames=None, features=None, durations=No
         usual = max(by_width, key=lambda c: len(by_width[c]))
         problems += [(subset, name, "other channel count", f"{path} has {c} channels, most have {usual}")
                      for c, entries in by_width.items() if c != usual for subset, name, path in entries]
-    return problems, fatal
+    for kind, wrong in (("frames", ["frames cannot be read"]), ("features", ["features cannot be read", "other channel count"])):
+        stops += [f"{name} ({detail})" for _, name, problem, detail in problems
+                  if problem in wrong and name not in unknown and (required is None or kind in required)]
+    stops = list(dict.fromkeys(stops))
+    fatal = [f"training cannot start: {words}" for words in fatal]
+    return problems, fatal + ([f"training would stop at: {', '.join(stops[:10])}" + (f" and {len(stops) - 10} more" if stops[10:] else "")] if stops else [])
 
 
 def _inspect_all(jobs, workers, subset):
@@ -843,17 +884,22 @@ def write_problems(problems, path):
 
 
 def main_check(args):
-    settings = None
+    settings = required = None
     if args.cfg:
         import config
-        cfg = config.load(args.cfg, args.set).data
+        whole = config.load(args.cfg, args.set)
+        cfg, stages = whole.data, whole.stages
         args.annotations, args.subsets = args.annotations or cfg.annotations, args.subsets or [cfg.train_subset, cfg.val_subset]
         args.frames, args.features, args.durations = args.frames or cfg.frames, args.features or cfg.features, args.durations or cfg.durations
+        required = ["frames"] if {"lofi", "features"} & set(stages) or "pretrain" in stages and whole.pretrain.method.startswith("acp_plus") else []
+        if not args.features and {"sola", "head", "detect"} & set(stages) and "features" not in stages:
+            args.features = f"{whole.out}/features"
+        required += ["features"] if args.features else []
         settings = {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
     if not args.annotations:
         raise ValueError("name a config with --cfg, or an annotation file with --annotations")
     problems, fatal = check(args.annotations, subsets=args.subsets, frames=args.frames, features=args.features, durations=args.durations,
-                            settings=settings, workers=args.workers)
+                            settings=settings, required=required, workers=args.workers)
     path = args.problems or f"{os.path.splitext(args.annotations)[0]}.problems.txt"
     write_problems(problems, path)
     kinds = {}
@@ -865,7 +911,7 @@ def main_check(args):
     for p in problems[:10]:
         print("    " + "  ".join(p))
     for words in fatal:
-        print(f"training cannot start: {words}")
+        print(words)
     return 1 if fatal else 0
 
 
@@ -878,8 +924,9 @@ def main_prepare(args):
             raise ValueError(f"the annotations have no subset {sorted(set(args.subsets) - set(known))}, only {sorted(known)}")
         names = [n for s in args.subsets or known for n in names_of(known[s])]
     else:
-        names = list(media.find_media(args.videos))
-    found = {n: p for n, p in media.find_media(args.videos, names).items() if not p.endswith(".zip")}
+        names = None
+    found = media.find_media(args.videos, names, prepared=False, skip=args.out, say=print)
+    names = list(found) if names is None else names
     missing = [n for n in names if n not in found]
     if not found:
         raise ValueError(f"none of the {len(names)} videos is in {args.videos}: expected, say, {args.videos}/{(names or ['VIDEO'])[0]}.mp4")
@@ -928,8 +975,10 @@ def main(argv=None):
     do.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
+        if args.workers < 0:
+            raise ValueError(f"--workers {args.workers}: expected 0 or more")
         return {"check": main_check, "prepare": main_prepare}[args.command](args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -938,4 +987,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: worker processes end as well
     sys.exit(main())

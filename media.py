@@ -61,20 +61,34 @@ def spellings(name):
     return (name, name[2:]) if name.startswith("v_") else (name, f"v_{name}")
 
 
-def find_media(folder, names=None):
+def find_media(folder, names=None, *, prepared=True, skip=None, say=None):
     """The media of a folder, {video name: path}: prepared ZIPs, else folders of frames, else video files. One scan of the folder, nothing is opened.
 
     names: the videos to look for, found whether spelt with v_ or without; the keys are then these names. Without: all, by the names of their files.
+    prepared: False leaves out ZIPs. skip: a folder to leave out, with what holds it. say: is told of video files of one name, which is taken.
     """
-    found = {}
+    found, others, skip = {}, {}, skip and os.path.realpath(skip) + "/"
+    kinds = (".zip", "/", *VIDEO_SUFFIXES)
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         stem, suffix = (entry.name, "/") if entry.is_dir() else os.path.splitext(entry.name)
-        kinds = (".zip", "/", *VIDEO_SUFFIXES)
-        if suffix.lower() in kinds and not stem.startswith("."):
-            found[stem] = min(found.get(stem, (99, "")), (kinds.index(suffix.lower()), entry.path))
-    if names is None:
-        return {stem: found[stem][1] for stem in sorted(found)}
-    return {name: found[s][1] for name in names for s in spellings(name)[::-1] if s in found}  # the annotation's own spelling wins
+        if suffix.lower() not in kinds[not prepared:] or stem.startswith(".") or skip and suffix == "/" and skip.startswith(os.path.realpath(entry.path) + "/"):
+            continue
+        new = kinds.index(suffix.lower()), entry.path
+        if say and stem in found and min(new, found[stem])[0] > 1:  # both are video files
+            others[stem] = max(new, found[stem])[1]
+        found[stem] = min(found.get(stem, new), new)
+    stems = {s: s for s in sorted(found)} if names is None else {n: s for n in names for s in spellings(n)[::-1] if s in found}  # the annotation's own spelling wins
+    for s in [s for s in stems.values() if s in others]:
+        say(f"{found[s][1]} is taken, not {others[s]}")
+    return {name: found[s][1] for name, s in stems.items()}
+
+
+def positive(info, *keys):
+    """The values of a video.json, which must be numbers above 0."""
+    values = [info[k] for k in keys]
+    if not all(isinstance(x, (int, float)) and 0 < x < float("inf") for x in values):
+        raise ValueError(f"expected numbers above 0 as {', '.join(keys)}, not {values}")
+    return values
 
 
 def nearest(kept, numbers):
@@ -141,9 +155,9 @@ class FrameZip(Jpegs):
         try:
             self.file = open(path, "rb", buffering=0)
             info = self._first_entry() or json.loads(self._zip().read("video.json"))
-            self.fps, self.num_frames, self.duration = info["fps"], info["num_frames"], info["duration_sec"]
+            self.fps, self.num_frames, self.duration = positive(info, "fps", "num_frames", "duration_sec")
             self.kept, self.note, self.prepared = np.asarray(info["frames"]), info.get("note"), info.get("prepared")
-            if not len(self.kept) or self.kept.ndim != 1 or not self.num_frames > 0:
+            if not len(self.kept) or self.kept.ndim != 1:
                 raise ValueError("it keeps no frame")
         except FileNotFoundError:
             raise FileNotFoundError(f"no frames at {path}") from None
@@ -217,9 +231,12 @@ class FrameFolder(Jpegs):
         self.kept = np.array(sorted(self.names))
         self.num_frames, self.fps, self.duration = int(self.kept[-1]) + 1, None, None
         if os.path.exists(f"{path}/video.json"):
-            with open(f"{path}/video.json") as f:
-                info = json.load(f)
-            self.fps, self.duration = info["fps"], info["duration_sec"]
+            try:
+                with open(f"{path}/video.json") as f:
+                    self.fps, self.duration = positive(json.load(f), "fps", "duration_sec")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}/video.json is not as expected, {{\"fps\": 25, \"duration_sec\": 10.0}} ({type(error).__name__}: {error}): "
+                                 "correct it, or remove it") from None
 
     def _reader(self, short_side):
         def read(number):
@@ -417,8 +434,13 @@ def prepare(videos, out, settings, workers, say=print):
 
     What is there and whole is skipped; a video that fails is said, and does not stop the others.
     """
-    os.makedirs(out, exist_ok=True)
-    remove_stale_parts(out)
+    try:
+        os.makedirs(out, exist_ok=True)
+        remove_stale_parts(out)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise ValueError(f"{out} is no folder that can be written to ({error}): name another") from None
     jobs = {name: (path, f"{out}/{name}.zip", settings) for name, path in videos.items()}
     made, failed = [], {}
     for name, note, error in run_jobs(_prepare_job, jobs, workers, f"prepare {out}"):

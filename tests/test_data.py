@@ -43,10 +43,18 @@ def test_missing_annotation_file_says_what_makes_one(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"videos": {}}', '{"database": []}', '{"database": {"v": {"subset": "training", "duration": 3}}}',
                                   '{"database": {"v": {"subset": "training", "duration": 0, "annotations": []}}}',
                                   '{"database": {"v": {"subset": "training", "duration": 3, "annotations": [{"segment": [1], "label": "x"}]}}}',
-                                  '{"database": {"v": {"subset": "training", "duration": 3, "annotations": [{"segment": [1, "a"], "label": "x"}]}}}'])
+                                  '{"database": {"v": {"subset": "training", "duration": 3, "annotations": [{"segment": [1, "a"], "label": "x"}]}}}',
+                                  '{"database": {"v": {"subset": "training", "duration": 3, "annotations": [{"segment": [1, 2], "label": null}]}}}'])
 def test_malformed_annotations_are_one_error_that_names_the_file(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ValueError, match="bad.json"):
+        data.load_annotations(str(tmp_path / "bad.json"))
+
+
+def test_a_video_that_stands_twice_is_named(tmp_path):
+    video = json.dumps(entry())
+    (tmp_path / "bad.json").write_text(f'{{"database": {{"v": {video}, "w": {video}, "v": {video}}}}}')
+    with pytest.raises(ValueError, match="bad.json .*'v' stands there more than once"):
         data.load_annotations(str(tmp_path / "bad.json"))
 
 
@@ -375,6 +383,13 @@ def test_clips_stay_within_their_segment(tmp_path):
     assert set((short[0, fidelity]["frames"].float().mean((0, 2, 3, 4)) / 2).round().tolist()) <= {16, 17}
 
 
+def test_a_clip_behind_the_end_of_its_media_is_named(tmp_path):
+    toy.write_zip(tmp_path / "v.zip", numbered_frames(64), fps=8)
+    for start in (8.0, 9.0):
+        with pytest.raises(ValueError, match=rf"v.zip: a clip from {start:g} to 10 s, of a video of 8 s, has no frame"):
+            data.ClipDataset([data.Clip(str(tmp_path / "v.zip"), start, 10.0, 0)], frames=4, stride=2)[0, data.Fidelity("full", 1, 16)]
+
+
 def test_clips_are_listed_by_class(tmp_path):
     for name in ("b/2.zip", "a/1.zip", "a/0.zip", "a/readme.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -405,8 +420,9 @@ def test_features_are_resized_to_the_fidelity_and_checked(tmp_path):
     np.testing.assert_allclose(std, x.std(0), rtol=1e-6)
     np.testing.assert_allclose(video_std, [1, 1.5], rtol=1e-6)  # means of the two videos: (3, 4) and (1, 1)
     np.save(tmp_path / "w.npy", np.ones((6, 3), np.float32))
-    with pytest.raises(ValueError, match="w.npy has 3 channels, .*v.npy has 2"):
-        dataset[1, data.Fidelity("full", 4, 0)]
+    for read in (dataset.statistics, lambda: dataset[1, data.Fidelity("full", 4, 0)]):
+        with pytest.raises(ValueError, match="w.npy has 3 channels, .*v.npy has 2"):
+            read()
     (tmp_path / "w.npy").write_bytes(b"torn")
     with pytest.raises(ValueError, match="w.npy cannot be read"):
         dataset[1, data.Fidelity("full", 4, 0)]
@@ -515,7 +531,7 @@ def test_check_lists_every_problem(messy):
         ("training", "only", "segment ends before it starts"), ("training", "only", "segment outside the video"), ("training", "wide", "other channel count"),
         ("training", "-", "label lacking"), ("validation", "-", "label lacking")])
     assert {p: d for s, v, p, d in problems if v == "long"} == {"duration disagrees": f"8.2 s in the annotations, 8.00 s in {frames}/long.zip"}
-    assert fatal == []
+    assert len(fatal) == 1 and fatal[0].startswith("training would stop at: torn (") and ", wide (" in fatal[0]
     assert said == ["training: 6 videos, 7 segments, 0.02 hours, 1 classes; 2 with frames, 4 with features, 2 with neither",
                     "validation: 1 videos, 1 segments, 0.00 hours, 1 classes; 1 with frames, 1 with features, 0 with neither"]
 
@@ -523,7 +539,16 @@ def test_check_lists_every_problem(messy):
 def test_check_says_what_keeps_training_from_starting(messy, tmp_path):
     annotations, frames, features = messy
     os.remove(f"{frames}/w.zip")
-    assert data.check(annotations, frames=frames, say=lambda words: None)[1] == ["no video of subset validation has frames or features that can be read"]
+    assert data.check(annotations, frames=frames, say=lambda words: None)[1][0] == "training cannot start: no video of subset validation has frames or features that can be read"
+    os.remove(f"{frames}/torn.zip"), os.remove(f"{features}/wide.npy")
+    for required, where, words in ((["frames"], frames, ["no video of subset validation has frames that can be read"]), (["features"], frames, []), ([], "/none", []),
+                                   (["frames"], None, ["the stages read frames: set data.frames"] + [f"no video of subset {s} has frames that can be read" for s in ("training", "validation")]),
+                                   (["frames"], "/none", ["there are no frames at /none: no such file or folder"] + [f"no video of subset {s} has frames that can be read" for s in ("training", "validation")])):
+        assert data.check(annotations, frames=where, features=features, required=required, say=lambda words: None)[1] == [f"training cannot start: {w}" for w in words]
+    np.save(f"{features}/v.npy", np.full((4, 2), np.inf, np.float32))
+    problems, fatal = data.check(annotations, features=features, required=["features"], say=lambda words: None)
+    assert ("training", "v", "features cannot be read", f"{features}/v.npy has NaN or infinite features: extract this video again") in problems
+    assert fatal == [f"training would stop at: v ({features}/v.npy has NaN or infinite features: extract this video again)"]
     assert "no subset 'testing'" in data.check(annotations, subsets=["training", "testing"], say=lambda words: None)[1][0]
     bare = write_annotations(tmp_path / "b.json", {"v": {"subset": "train", "annotations": [{"segment": [1, 2], "label": "x"}]}})
     assert "no duration" in data.check(bare, say=lambda words: None)[1][0].replace("has a duration", "no duration")
@@ -547,7 +572,7 @@ def test_check_notices_frames_that_were_prepared_for_other_snippets(messy, tmp_p
 def test_check_writes_its_list_beside_the_annotations_and_nothing_over(messy, tmp_path, capsys):
     annotations, frames, features = messy
     command = ["check", "--annotations", annotations, "--frames", frames, "--features", features]
-    assert data.main(command) == data.main(command) == 0
+    assert data.main(command) == data.main(command) == 1
     lines = (tmp_path / "a.problems.txt").read_text().splitlines()
     assert len(lines) == 9 and lines[0].startswith(data.MARK) and "training\tgone\tmedia missing\t" in "\n".join(lines)
     printed = capsys.readouterr().out
@@ -563,8 +588,16 @@ def test_check_writes_its_list_beside_the_annotations_and_nothing_over(messy, tm
 def test_check_takes_a_config(messy, tmp_path, capsys):
     annotations, frames, features = messy
     words = [f"data.annotations={annotations}", f"data.frames={frames}", f"data.features=[{features}, {features}]"]
-    assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words]) == 0
-    assert "training: 6 videos" in capsys.readouterr().out
+    for stages, torn in (("[head, detect]", False), ("[lofi, features, head]", True)):
+        assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words, f"stages={stages}"]) == 1
+        printed = capsys.readouterr().out
+        assert "training: 6 videos" in printed and ("training would stop at: torn" in printed) == torn and "wide.npy has 3 channels, most have 2)" in printed
+    os.remove(f"{features}/wide.npy"), os.remove(f"{frames}/torn.zip")
+    assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words, "stages=[head, detect]"]) == 0
+    assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words[:2], f"out={tmp_path}/run", "stages=[head, detect]"]) == 1
+    assert f"there are no features at {tmp_path}/run/features" in capsys.readouterr().out
+    assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words, "data.frames=/none", "stages=[lofi]"]) == 1
+    assert "there are no frames at /none" in capsys.readouterr().out
     assert data.main(["check", "--cfg", "configs/toy.yaml", "--set", *words, "data.val_subset=test"]) == 1
     assert "no subset 'test', only ['training', 'validation']" in capsys.readouterr().out
 
@@ -588,3 +621,29 @@ def test_prepare_takes_the_annotated_videos_and_tells_what_failed(tmp_path, caps
     assert data.main([*command, "--quality", "0"]) == 1 and "expected numbers of at least 1" in capsys.readouterr().err
     os.remove(tmp_path / "in/v_b/img_0.jpg"), data.main([*command, "--copies"])
     assert "prepared otherwise (copies [11, 8] there, [] now)" in capsys.readouterr().out
+
+
+def test_wrong_arguments_are_one_line_each(messy, tmp_path, capsys):
+    annotations, frames, features = messy
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "videos/v").mkdir(parents=True)
+    prepare = ["prepare", "--videos", str(tmp_path / "videos"), "--out"]
+    bare = write_annotations(tmp_path / "b.json", {"v": {"subset": "train", "annotations": [{"segment": [1, 2], "label": "x"}]}})
+    for command, words in (([*prepare, f"{tmp_path}/file"], "file is no folder that can be written to"), ([*prepare, f"{tmp_path}/file/out"], "file/out is no folder"),
+                           ([*prepare, f"{tmp_path}/out", "--workers", "-1"], "--workers -1: expected 0 or more"),
+                           (["check", "--annotations", bare, "--durations", f"{tmp_path}/file"], "file cannot be read as durations"),
+                           (["check", "--annotations", bare, "--durations", f"{tmp_path}/none"], "none cannot be read as durations")):
+        assert data.main(command) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and error.startswith("data.py: ")
+
+
+@pytest.mark.parametrize("out", ["in", "in/out", "in/deep/out"])
+def test_prepare_into_the_folder_of_the_videos(tmp_path, capsys, out):
+    (tmp_path / "in/v").mkdir(parents=True)
+    for i in range(8):
+        JpegEncoder(numbered_frames(8)[i]).to_file(f"{tmp_path}/in/v/img_{i}.jpg")
+    (tmp_path / "in/v/video.json").write_text('{"fps": 8, "duration_sec": 1.0}')
+    for words in ("1 prepared, 0 were there already, 0 failed", "0 prepared, 1 were there already, 0 failed"):
+        assert data.main(["prepare", "--videos", str(tmp_path / "in"), "--out", str(tmp_path / out), "--snippets", "2", "--workers", "0"]) == 0
+        assert words in capsys.readouterr().out

@@ -175,6 +175,7 @@ def test_real_videos(name, frames, duration, height, width):
 def test_a_real_file_that_breaks_off_is_refused(tmp_path):
     with pytest.raises(ValueError, match="corrupted.mp4: only 28 of the 50 frames that are needed decode, expected at least 90%"):
         media.prepare_video(shared("corrupted.mp4"), f"{tmp_path}/v.zip", {**SETTINGS, "snippets": 100})
+    assert "frames that are needed decode" in data._inspect(shared("corrupted.mp4"))[1] and data._inspect(shared("v_GGSY1Qvo990.mp4"))[1] is None
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="audio_only.wav has no video stream"):
         media.open_media(shared("audio_only.wav"))
@@ -309,6 +310,15 @@ def test_a_folder_without_frames_or_with_several_kinds_is_named(tmp_path):
         media.open_media(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['{"duration_sec": 2}', "[]", '{"fps": "10", "duration_sec": 2}', '{"fps": 0, "duration_sec": 2}', '{"fps": 10, "duration_sec": null}', "{"])
+def test_a_bad_video_json_is_named(folder, text):
+    with open(f"{folder}/video.json", "w") as f:
+        f.write(text)
+    with pytest.raises(ValueError, match="in/v/video.json is not as expected"):
+        media.open_media(folder)
+    assert "video.json is not as expected" in data._inspect(folder)[1]
+
+
 def test_an_image_is_a_video_of_one_frame(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg(90))
     still = media.open_media(f"{tmp_path}/a.jpg")
@@ -327,6 +337,10 @@ def test_media_are_found_by_name_with_and_without_v(tmp_path):
     wanted = media.find_media(tmp_path, ["v_a", "b", "c", "g", "f", "v_f"])
     assert {k: os.path.basename(v) for k, v in wanted.items()} == {"v_a": "a.mp4", "b": "v_b.mkv", "c": "c.zip", "f": "f.mp4", "v_f": "v_f.WEBM"}
     assert media.find_media(tmp_path / "none", ["a"]) == {}
+    said = []
+    (tmp_path / "a.avi").touch()
+    assert os.path.basename(media.find_media(tmp_path, ["v_a", "c"], say=said.append)["v_a"]) == "a.mp4" and said == [f"{tmp_path}/a.mp4 is taken, not {tmp_path}/a.avi"]
+    assert os.path.basename(media.find_media(tmp_path, prepared=False)["c"]) == "c.mp4" and "d" not in media.find_media(tmp_path, skip=tmp_path / "d/out")
 
 
 def test_finding_media_among_20000_files_takes_one_scan(tmp_path):
@@ -401,6 +415,29 @@ def test_kill_9_while_preparing_leaves_nothing_that_passes_for_whole(videos, tmp
     made, failed = media.prepare(videos, f"{tmp_path}/out", settings, 0, lambda words: None)
     assert list(failed) == ["b"] and sorted(made + [f[:-4] for f in left if f.endswith(".zip")]) == ["a", "c", "d"]
     assert sorted(os.listdir(tmp_path / "out")) == ["a.zip", "c.zip", "d.zip"]
+
+
+def test_sigterm_while_preparing_ends_the_workers(videos, tmp_path):
+    process = subprocess.Popen([sys.executable, data.__file__, "prepare", "--videos", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "2"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    children, deadline = [], time.monotonic() + 60
+    while len(children) < 3 and process.poll() is None and time.monotonic() < deadline:  # two workers and multiprocessing's resource tracker
+        time.sleep(0.01)
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as f:
+            children = list(map(int, f.read().split()))
+    process.terminate()
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130 and len(children) == 3
+
+
+    def running(pid):  # neither gone nor a zombie that this machine's init has not collected
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                return f.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+    while any(map(running, children)) and time.monotonic() < deadline:  # the tracker ends a moment later
+        time.sleep(0.05)
+    assert not any(map(running, children))
 
 
 def test_a_process_that_dies_costs_its_own_video_only(monkeypatch):
