@@ -183,7 +183,7 @@ def test_bad_input_is_one_clear_error(files, tmp_path, capsys):
     assert "sola.positions is [4]" in fails(argv + ["--set", "sola.positions=[4]"])
     assert "sola.draws is 0, expected a whole number" in fails(argv + ["--set", "sola.draws=0"])
     assert "sola.optimizer has 'lion'" in fails(argv + ["--set", "sola.optimizer=lion"])
-    assert "kernel 4: expected an odd number" in fails(argv + ["--set", "sola.kernel=4"])
+    assert "sola.kernel is 4, expected an odd number" in fails(argv + ["--set", "sola.kernel=4"])
     assert "did you mean sola.lr" in fails(argv + ["--set", "sola.lrr=1"])
     capsys.readouterr()
     lofi_tal.main(argv + ["--set", "sola.epochs=1"])
