@@ -72,6 +72,8 @@ def load(run, device="auto", chunk=None):
     chunk: snippets encoded at once, for more or less memory; None: as in stage features (config key features.chunk).
     """
     run = os.fspath(run)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no GPU here (torch.cuda.is_available() is False); use auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not os.path.isfile(f"{run}/config.json"):

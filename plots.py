@@ -487,6 +487,8 @@ def main(argv=None):
             sub.add_argument("--top", type=int, default=10, help="how many detections to draw (default: %(default)s)")
         sub.add_argument("--out", required=what == "map", metavar="FOLDER" if what == "timeline" else "FILE.png", help="default: RUN/pictures")
     args = parser.parse_args(argv)
+    if args.what == "timeline" and args.top < 1:
+        parser.error(f"--top {args.top}: expected at least 1")
     try:
         if args.what == "timeline":
             timelines(args.run, args.video, args.gt, args.frames, args.top, args.out)

@@ -172,5 +172,6 @@ def run(train_set, held_out, source, *, options, snippets, folder, process, work
         f"{k.replace('_', ' ')} accuracy {100 * found[k]['accuracy']:.1f} %, AUC {found[k]['auc']:.3f}" for k in ("before", "moving_average", "after")))
     described = [f"{f if os.path.isdir(f) else os.path.dirname(f) or '.'}/features.json" for f in ([source] if isinstance(source, str) else source)]
     before = [json.load(open(path)) for path in described if os.path.exists(path)]
-    engine.save_json({**(before[0] if before else {}), "sola": f"{folder}/sola.pt", "from": source, "channels": train_set.channels,
+    videos = {v.name: {"duration_sec": v.duration} for dataset in (train_set, held_out) for v in dataset.videos}  # where annotations tell none
+    engine.save_json({**(before[0] if before else {}), "videos": videos, "sola": f"{folder}/sola.pt", "from": source, "channels": train_set.channels,
                       "seconds": seconds + sum(b.get("seconds", 0.0) for b in before), "sola_seconds": seconds}, f"{folder}/features/features.json")

@@ -78,6 +78,7 @@ def test_a_run_leaves_module_features_maps_and_probe(whole, files):
     assert (saved["videos"], saved["left_out"]) == (4, 1)
     about = json.load(open(f"{whole}/sola/features/features.json"))
     assert about["seconds"] == 1000 + about["sola_seconds"] > 1000 and about["encoder"] == "somebody else's"
+    assert len(about["videos"]) == 8 and all(v["duration_sec"] > 0 for v in about["videos"].values())
     assert json.load(open(f"{whole}/metrics.json"))["seconds"] > about["seconds"]  # a result's cost is that of all it was made from
 
     lines = [json.loads(line) for line in open(f"{whole}/sola/metrics.jsonl")]
