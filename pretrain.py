@@ -151,6 +151,7 @@ def train_classifier(encoder, clips, *, size, seed, options, name, folder, proce
     model, fidelity = Classifier(encoder, len(clips[2])).to(process.device), data.Fidelity("full", 1, size)
 
     def step(net, batch, epoch, i):
+        torch.manual_seed(data.seed_of(seed, name, epoch, i, process.rank))  # of dropout and stochastic depth, if there is any
         with engine.autocast(process.device):
             logits = net(batch["frames"]).float()
         loss = nn.functional.cross_entropy(logits, batch["label"])
