@@ -3,6 +3,7 @@ import difflib
 import glob
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -171,7 +172,7 @@ def open_run(cfg, write_json, main=True, **facts):
     path = f"{cfg.out}/config.json"
     if os.path.exists(path) and any(not f.startswith(("config.json", "versions.json")) for f in os.listdir(cfg.out)):  # else nothing came of it yet
         with open(path) as f:
-            old = json.load(f)
+            old = {"precision": "auto"} | json.load(f)  # runs of before that key
         differ = differences(old, cfg)
         if differ:
             raise ValueError(f"{cfg.out} was begun with another config:\n" + "\n".join(differ)
@@ -187,4 +188,5 @@ def open_run(cfg, write_json, main=True, **facts):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     print(reference())

@@ -25,15 +25,23 @@ class Process(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    precision: str = "auto"  # of forward passes: see PRECISIONS
 
     @property
     def is_main(self):
         return self.rank == 0
 
+    def autocast(self):
+        return autocast(self.device, self.precision)
+
     def say(self, *words):
+        """Prints, on the main process. Training goes on when nobody reads it any more, as after `| head`: metrics.jsonl has it all."""
         if self.is_main:
-            tqdm.write(" ".join(map(str, words)), file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def agree(store, rank, world, timeout_sec=600):
@@ -58,7 +66,7 @@ def agree(store, rank, world, timeout_sec=600):
     return word
 
 
-def start_process(device="auto"):
+def start_process(device="auto", precision="auto"):
     """This process' place: joins torchrun's group when torchrun started it (NCCL on GPUs, gloo on CPU), else stands alone."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {device!r}: expected auto, cpu or cuda (CUDA_VISIBLE_DEVICES or torchrun choose which GPU)")
@@ -66,7 +74,7 @@ def start_process(device="auto"):
         raise ValueError("device cuda: torch finds no GPU here (torch.cuda.is_available() is False); use auto or cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ:
-        return Process(0, 1, torch.device("cuda" if cuda else "cpu"))
+        return Process(0, 1, torch.device("cuda" if cuda else "cpu"), precision)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -75,7 +83,7 @@ def start_process(device="auto"):
     store = dist.PrefixStore(agree(store, rank, world), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
                             timeout=datetime.timedelta(hours=1))  # one process may encode an hour longer than another
-    return Process(dist.get_rank(), dist.get_world_size(), device)
+    return Process(dist.get_rank(), dist.get_world_size(), device, precision)
 
 
 def barrier(process):
@@ -197,9 +205,14 @@ def _worker(_):
     torch.set_num_threads(1)
 
 
-def autocast(device):
-    """bf16 on CUDA, nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def autocast(device, precision="auto"):
+    """The context of a forward pass: bfloat16 or none, float32; auto: bfloat16 on a GPU, float32 on a CPU. Weights are float32 in each."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected {', '.join(PRECISIONS)}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" or precision == "auto" and device.type == "cuda")
 
 
 def make_loader(dataset, batch_sampler, collate, workers, device):

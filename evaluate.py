@@ -15,6 +15,7 @@ B videos, K proposals of a video, N segments, P predictions of a file, G ground-
 import argparse
 import json
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -648,6 +649,8 @@ def compare(runs):
         name, _, path = run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run)
         folders = []
         for part in [path] if os.path.exists(path) else path.split(","):
+            if not os.path.isdir(part):
+                raise ValueError(f"no folder {part} (of {run}): expected a run's folder, or one of such folders, as PATH or NAME=PATH[,PATH...]")
             folders += [part] if os.path.exists(os.path.join(part, "metrics.json")) else sorted(
                 f.path for f in os.scandir(part) if f.is_dir())
         unfinished = [f for f in folders if not os.path.exists(os.path.join(f, "metrics.json"))]
@@ -815,18 +818,22 @@ def main(argv=None):
                 text = report(data)
         for w in caught:
             print(f"warning: {w.message}", file=sys.stderr)
-        print(text)
-        if args.json:
-            _write_json(args.json, data)
-        if args.markdown:
-            _write_text(args.markdown, text + "\n")
-        if args.plot:
-            if not args.compare and "mAP" not in data:
-                raise ValueError("--plot draws mAP, and proposals without labels have none")
-            plot(rows if args.compare else [{"name": os.path.basename(args.pred), **data}], args.plot)
+        try:
+            if args.json:
+                _write_json(args.json, data)
+            if args.markdown:
+                _write_text(args.markdown, text + "\n")
+            if args.plot:
+                if not args.compare and "mAP" not in data:
+                    raise ValueError("--plot draws mAP, and proposals without labels have none")
+                plot(rows if args.compare else [{"name": os.path.basename(args.pred), **data}], args.plot)
+        finally:
+            print(text)  # last: a reader that is gone ends the program here
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

@@ -21,6 +21,7 @@ The frames of `chunk` snippets, and those of the next ones that overlap with the
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -125,9 +126,10 @@ def features_of(model, source, bar=False):
     count = max(round(source.duration * d.rate), 1) if d.get("windows") else d.snippets
     numbers = media.snippet_frames(source.num_frames, count, d.frames_per_snippet, d.stride).numpy()
     features = []
+    autocast = partial(engine.autocast, model.device, model.cfg.get("precision", "auto"))
     with tqdm(total=count, unit="snippet", leave=False, disable=not (bar and sys.stderr.isatty())) as progress:
         for frames in stream(source, numbers, d.size, d.crop, chunk):
-            features.append(encode(model.encoder, frames.to(model.device), chunk, partial(engine.autocast, model.device)))
+            features.append(encode(model.encoder, frames.to(model.device), chunk, autocast))
             progress.update(frames.shape[1])
     x = torch.cat(features, 2)
     return x if model.sola is None else model.sola(x)
@@ -242,4 +244,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

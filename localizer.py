@@ -114,7 +114,7 @@ def train(model, dataset, fidelities, *, options, loss, seed, name, folder, proc
     options: batch_size (over all processes), class_weight, accumulate, chunk, and those of engine.fit. cycle: order and period of the
     CyclicFidelitySampler. Losses take their random subsets from (seed, name, epoch, step), the same on every process.
     """
-    accumulate, chunk, autocast = options.get("accumulate", 1), options.get("chunk", 0), partial(engine.autocast, process.device)
+    accumulate, chunk, autocast = options.get("accumulate", 1), options.get("chunk", 0), process.autocast
     if options["batch_size"] % (process.world * accumulate):
         raise ValueError(f"{name}.batch_size {options['batch_size']} cannot be divided evenly over {process.world} processes and {accumulate} micro-batches")
 
@@ -132,9 +132,10 @@ def train(model, dataset, fidelities, *, options, loss, seed, name, folder, proc
                       save_sec=save_sec, about=about)[0]
 
 
-def dry_run(model, fidelities, frames_per_snippet, *, options, loss, device, say=print):
+def dry_run(model, fidelities, frames_per_snippet, *, options, loss, process):
     """Takes one training step of one video of random frames at each fidelity, and says shapes, parameters, seconds and memory."""
     model.train()
+    say, device = process.say, process.device
     count = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in (("encoder", model.encoder), ("head", model.head))}
     say(f"encoder {count['encoder']:.2f} M parameters, {model.encoder.channels} channels; {model.name} head {count['head']:.2f} M")
     optimizer = engine.make_optimizer(model.parameters(), **{k: options[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
@@ -145,7 +146,7 @@ def dry_run(model, fidelities, frames_per_snippet, *, options, loss, device, say
             batch["target"] = torch.full((1, model.classifier.out_features), 1 / model.classifier.out_features, device=device)
         started = time.monotonic()
         terms = train_step(model, batch, loss=loss, class_weight=options["class_weight"], generator=None, shard=(0, 1), reduce=None,
-                           autocast=partial(engine.autocast, device), chunk=options["chunk"])
+                           autocast=process.autocast, chunk=options["chunk"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         say(f"{f.name}: frames {tuple(frames.shape)} -> features (1, {model.encoder.channels}, {f.snippets}), loss {terms['loss']:.2f}, "
@@ -171,7 +172,7 @@ def recalibrate(encoder, dataset, fidelity, chunk, *, process, workers=0, most=1
             step = min(-(-B * L // chunk), L)
             yield from (batch["frames"][:, i::step] for i in range(step))
 
-    with engine.autocast(process.device):
+    with process.autocast():
         recalibrate_batchnorm(encoder, pieces(), engine.mean_over_ranks)
 
 

@@ -30,7 +30,7 @@ import engine
 import evaluate
 import train_sola
 from localizer import HEADS, Localizer, detections, dry_run, encode, recalibrate, train
-from pretrain import PHASES, clips_of, options_of, phases, train_classifier
+from pretrain import PHASES, clips_of, dry_run_phase, options_of, phases, train_classifier
 from tsm import make_encoder
 
 
@@ -40,7 +40,8 @@ load_annotations = lru_cache(1)(data.load_annotations)  # one reading serves the
 def check(cfg, files=True):
     """Fails before any work is done, with the key to change; `files` looks whether there is anything to work on, too."""
     words = {"stages": (cfg.stages, STAGES), "pretrain.method": ([cfg.pretrain.method], PHASES), "tal_head": ([cfg.tal_head], HEADS),
-             "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train", "recalibrate")), "lofi.order": ([cfg.lofi.order], ("long", "short"))}
+             "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train", "recalibrate")), "lofi.order": ([cfg.lofi.order], ("long", "short")),
+             "precision": ([cfg.precision], engine.PRECISIONS)}
     for name, block in {"lofi": cfg.lofi, "sola": cfg.sola, "head": cfg.head, **{f"pretrain.{k}": v for k, v in cfg.pretrain.items() if isinstance(v, dict)}}.items():
         words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
     config.check_words(words)
@@ -102,7 +103,8 @@ def pretrain(cfg, process):
     encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), engine.seconds_of(checkpoint), {}
     for phase in phases(method, checkpoint):
         options = options_of(cfg.pretrain, phase)
-        clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say)
+        clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say,
+                         (cfg.data.train_subset, cfg.data.val_subset))
         took, records[phase] = train_classifier(encoder, clips, size=cfg.data.size, options=options, name=phase, folder=f"{cfg.out}/pretrain/{phase}",
                                                 process=process, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, **frame_options(cfg))
         seconds += took
@@ -165,7 +167,7 @@ def features(cfg, process):
         engine.barrier(process)  # every rank has looked before any writes
         dataset = dataset.only(missing)
         for batch in engine.batches(dataset, full_fidelity(cfg), 1, data.collate, name=f"features {which}", process=process, workers=cfg.data.workers):
-            parts.append(encode(encoder, batch["frames"], cfg.features.chunk, partial(engine.autocast, process.device))[0].t().cpu())
+            parts.append(encode(encoder, batch["frames"], cfg.features.chunk, process.autocast)[0].t().cpu())
             if batch["last"]:
                 x, parts = torch.cat(parts).numpy(), []  # (L, C)
                 engine.write_aside(f"{cfg.out}/features/{batch['name'][0]}.npy", partial(np.save, arr=x, allow_pickle=False))
@@ -264,10 +266,11 @@ def main(argv=None):
     try:
         cfg = config.load(args.cfg, args.set)
         check(cfg, files=not args.dry_run)
-        process = engine.start_process(cfg.device)
+        process = engine.start_process(cfg.device, cfg.precision)
         if args.dry_run:
-            dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss,
-                    device=process.device, say=process.say)
+            for phase in phases(cfg.pretrain.method, cfg.pretrain.checkpoint) if "pretrain" in cfg.stages else ():
+                dry_run_phase(build_encoder(cfg), phase, options_of(cfg.pretrain, phase), size=cfg.data.size, process=process)
+            dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss, process=process)
         else:
             config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), processes=process.world)
             took = []

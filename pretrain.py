@@ -50,11 +50,12 @@ def options_of(block, phase):
     return options
 
 
-def clips_of(phase, options, target, snippets, say=print):
+def clips_of(phase, options, target, snippets, say=print, subsets=("training", "validation")):
     """Training and held-out clips and their classes: ([Clip], [Clip], [names]).
 
     options: source and media. target(): (training, validation) videos with their media, for acp_plus. snippets: background shorter than 1 / snippets of its
-    video is none. ValueError says what a source lacks.
+    video is none. subsets: names of the training and held-out subsets in an ActivityNet JSON; if it lacks them, training and validation. ValueError says what
+    a source lacks.
     """
     if phase.startswith("acp_plus"):
         return segments_of(*target(), background=snippets if phase.endswith("background") else 0)
@@ -64,8 +65,12 @@ def clips_of(phase, options, target, snippets, say=print):
     if phase != "icp" and source.lower().endswith(".csv"):
         clips = csv_clips(source, say)
     elif phase != "icp" and source.lower().endswith(".json"):
-        folder, subsets = options["media"] or f"{os.path.dirname(source) or '.'}/frames", data.load_annotations(source)
-        clips = segments_of(*(data.select(subsets, subset, folder, "frames", say) for subset in ("training", "validation")))
+        folder, videos = options["media"] or f"{os.path.dirname(source) or '.'}/frames", data.load_annotations(source)
+        names = next((names for names in (subsets, ("training", "validation")) if set(names) <= set(videos)), None)
+        if names is None:
+            raise ValueError(f"pretrain.{phase}.source {source} has subsets {sorted(videos)}, expected {' and '.join(subsets)} (config keys data.train_subset, "
+                             "data.val_subset), or training and validation")
+        clips = segments_of(*(data.select(videos, name, folder, "frames", say) for name in names))
     else:
         suffix = (".jpg", ".jpeg", ".JPG", ".JPEG") if phase == "icp" else None
         train, classes = data.list_clips(f"{source}/train", suffix)
@@ -140,30 +145,47 @@ def csv_clips(path, say=print):
     return *([data.Clip(file, start, end, index[label]) for file, start, end, label in rows[split]] for split in ("train", "val")), classes
 
 
+def dry_run_phase(encoder, phase, options, *, size, process):
+    """Takes one training step of two random clips (BatchNorm wants more than one), and says shapes, parameters and memory. Classes: as many as ImageNet,
+    Kinetics-400 and ActivityNet have."""
+    classes = len(PLAYS.get(phase, ())) or {"icp": 1000, "acp": 400, "acp_plus": 200}.get(phase, 201)
+    model = Classifier(encoder, classes).to(process.device).train()
+    optimizer = engine.make_optimizer(model.parameters(), **{k: options[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
+    frames = torch.randint(0, 256, (2, 1, options["frames"], 3, size, size), dtype=torch.uint8, device=process.device)
+    with process.autocast():
+        logits = model(frames).float()
+    nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64, device=process.device)).backward()
+    optimizer.step()
+    process.say(f"{phase}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, clips {tuple(frames.shape)} -> {classes} classes, "
+                f"peak memory so far {engine.peak_memory_gb(process.device):.2f} GB")
+
+
 def train_classifier(encoder, clips, *, size, seed, options, name, folder, process, workers, save_sec=60.0, **views):
     """Trains `encoder` in place on clips = (training, held out, classes); returns seconds and a record {"classes", "training_clips", "held_out_clips",
     "top1": accuracy on the held-out clips, "chance": the share of their most frequent class; null without any, "seconds"}.
 
     options: epochs, batch_size, frames and those of engine.fit. views: stride, crop and flip of data.ClipDataset.
     """
-    train, held_out = (data.ClipDataset(c, frames=options["frames"], train=i == 0, seed=seed, **views) for i, c in enumerate(clips[:2]))
+    together = len(PLAYS.get(name, ("one",)))  # both ways to play a clip in one batch, at one view (SpeedNet's same-batch training): else the clip's looks drown what tells them apart
+    train, held_out = (data.ClipDataset(c, frames=options["frames"], train=i == 0, seed=seed, together=together, **views) for i, c in enumerate(clips[:2]))
     torch.manual_seed(data.seed_of(seed, name))
     model, fidelity = Classifier(encoder, len(clips[2])).to(process.device), data.Fidelity("full", 1, size)
 
     def step(net, batch, epoch, i):
         torch.manual_seed(data.seed_of(seed, name, epoch, i, process.rank))  # of dropout and stochastic depth, if there is any
-        with engine.autocast(process.device):
+        with process.autocast():
             logits = net(batch["frames"]).float()
         loss = nn.functional.cross_entropy(logits, batch["label"])
         loss.backward()
         return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
 
-    sampler = data.CyclicFidelitySampler(len(train), options["batch_size"], [fidelity], seed=data.seed_of(seed, name), rank=process.rank, world=process.world)
+    sampler = data.CyclicFidelitySampler(len(train), options["batch_size"], [fidelity], seed=data.seed_of(seed, name), rank=process.rank, world=process.world,
+                                         together=together)
     seconds, _ = engine.fit(model, step, train, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
                             save_sec=save_sec)
     model.eval()
     right = torch.zeros(1, dtype=torch.float64)
-    with torch.no_grad(), engine.autocast(process.device):
+    with torch.no_grad(), process.autocast():
         for batch in engine.batches(held_out, fidelity, 64, data.collate, name=f"{name} held out", process=process, workers=workers):
             right += (model(batch["frames"]).argmax(1) == batch["label"]).sum().cpu()
     right, total = (engine.mean_over_ranks(right.to(process.device)) * process.world).item(), len(held_out)

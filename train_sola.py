@@ -93,12 +93,16 @@ def train(dataset, *, options, seed, folder, process, workers=0, save_sec=60.0, 
     floor = similarity_floor(model.target)
 
     def step(net, batch, epoch, i):
-        with engine.autocast(process.device):
+        with process.autocast():
             loss, z = net(batch["features"])
         loss.backward()
         return {"loss": loss.detach(), "floor": floor, "spread": spread(z.detach()), "gate": model.sola.gate.detach()}
 
-    sampler = data.CyclicFidelitySampler(len(subsequences), options["batch_size"], [data.NATIVE], seed=data.seed_of(seed, "sola"),
+    batch_size = options["batch_size"]
+    if batch_size > len(subsequences):  # the sampler would repeat them to fill a batch
+        batch_size = -(-len(subsequences) // process.world) * process.world
+        process.say(f"sola: an epoch has {len(subsequences)} subsequences, fewer than sola.batch_size {options['batch_size']}: {batch_size} a step")
+    sampler = data.CyclicFidelitySampler(len(subsequences), batch_size, [data.NATIVE], seed=data.seed_of(seed, "sola"),
                                          rank=process.rank, world=process.world)
     seconds, _ = engine.fit(model, step, subsequences, sampler, data.collate, options=options, name="sola", folder=folder, process=process,
                             workers=workers, save_sec=save_sec, about=about)

@@ -89,10 +89,20 @@ def test_a_run_belongs_to_one_config(tmp_path):
     config.open_run(config.load("configs/toy.yaml", [out, "data.workers=5"]), write)  # changes no number; more stages go on from there
     config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain]"]), write)
     assert json.load(open(tmp_path / "run/config.json"))["stages"] == ["pretrain", "lofi", "features", "head", "detect"]  # not forgotten
-    with pytest.raises(ValueError, match=r"lofi.lr: 0.1 there, 0.2 now\n  seed: 0 there, 4 now"):
+    with pytest.raises(ValueError, match=r"lofi.lr: [\d.]+ there, 0.2 now\n  seed: 0 there, 4 now"):
         config.open_run(config.load("configs/toy.yaml", [out, "lofi.lr=0.2", "seed=4"]), write)
     with pytest.raises(ValueError, match="stages"):
         config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain, features]"]), write)
+
+
+def test_a_run_of_before_the_key_precision_goes_on_as_auto(tmp_path):
+    cfg = config.load("configs/toy.yaml", [f"out={tmp_path}/run"])
+    (tmp_path / "run/pretrain").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text(json.dumps({k: v for k, v in cfg.items() if k != "precision"}))
+    with pytest.raises(ValueError, match="precision: 'auto' there, 'bfloat16' now"):
+        config.open_run(config.merge(cfg, {"precision": "bfloat16"}), lambda obj, path: None)
+    config.open_run(cfg, lambda obj, path: open(path, "w").write(json.dumps(obj)))
+    assert json.load(open(tmp_path / "run/config.json"))["precision"] == "auto"
 
 
 def test_what_a_killed_start_was_writing_is_removed(tmp_path):

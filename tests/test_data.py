@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import zipfile
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torchcodec.encoders import JpegEncoder
 
+import check
 import data
 import media
 import toy
@@ -195,6 +197,15 @@ def test_every_video_once_an_epoch_up_to_padding():
     assert first != second and first == epoch_of(data.CyclicFidelitySampler(10, 4, [S]), 0)
     assert first != epoch_of(data.CyclicFidelitySampler(10, 4, [S], seed=1), 0)
     assert [len(b) for b in epoch_of(data.CyclicFidelitySampler(2, 5, [S]), 0)] == [5]  # fewer videos than a batch
+
+
+def test_samples_that_belong_together_stay_in_one_batch():
+    sampler = data.CyclicFidelitySampler(12, 4, [data.Fidelity("full", 1, 16)], seed=3, together=2)
+    order = [i for batch in sampler for i, _ in batch]
+    assert sorted(order) == list(range(12)) and order != list(range(12))
+    assert all(i % 2 == 0 and j == i + 1 for i, j in zip(order[::2], order[1::2]))
+    with pytest.raises(ValueError, match="7 samples cannot be kept together in groups of 2"):
+        data.CyclicFidelitySampler(7, 4, [], together=2)
 
 
 def test_ranks_share_fidelities_and_split_the_global_batch():
@@ -525,7 +536,7 @@ def messy(tmp_path):
 def test_check_lists_every_problem(messy):
     annotations, frames, features = messy
     said = []
-    problems, fatal = data.check(annotations, frames=frames, features=features, say=said.append)
+    problems, fatal = check.check(annotations, frames=frames, features=features, say=said.append)
     assert sorted((s, v, p) for s, v, p, _ in problems) == sorted([
         ("training", "torn", "frames cannot be read"), ("training", "gone", "media missing"), ("training", "long", "duration disagrees"),
         ("training", "only", "segment ends before it starts"), ("training", "only", "segment outside the video"), ("training", "wide", "other channel count"),
@@ -539,20 +550,20 @@ def test_check_lists_every_problem(messy):
 def test_check_says_what_keeps_training_from_starting(messy, tmp_path):
     annotations, frames, features = messy
     os.remove(f"{frames}/w.zip")
-    assert data.check(annotations, frames=frames, say=lambda words: None)[1][0] == "training cannot start: no video of subset validation has frames or features that can be read"
+    assert check.check(annotations, frames=frames, say=lambda words: None)[1][0] == "training cannot start: no video of subset validation has frames or features that can be read"
     os.remove(f"{frames}/torn.zip"), os.remove(f"{features}/wide.npy")
     for required, where, words in ((["frames"], frames, ["no video of subset validation has frames that can be read"]), (["features"], frames, []), ([], "/none", []),
                                    (["frames"], None, ["the stages read frames: set data.frames"] + [f"no video of subset {s} has frames that can be read" for s in ("training", "validation")]),
                                    (["frames"], "/none", ["there are no frames at /none: no such file or folder"] + [f"no video of subset {s} has frames that can be read" for s in ("training", "validation")])):
-        assert data.check(annotations, frames=where, features=features, required=required, say=lambda words: None)[1] == [f"training cannot start: {w}" for w in words]
+        assert check.check(annotations, frames=where, features=features, required=required, say=lambda words: None)[1] == [f"training cannot start: {w}" for w in words]
     np.save(f"{features}/v.npy", np.full((4, 2), np.inf, np.float32))
-    problems, fatal = data.check(annotations, features=features, required=["features"], say=lambda words: None)
+    problems, fatal = check.check(annotations, features=features, required=["features"], say=lambda words: None)
     assert ("training", "v", "features cannot be read", f"{features}/v.npy has NaN or infinite features: extract this video again") in problems
     assert fatal == [f"training would stop at: v ({features}/v.npy has NaN or infinite features: extract this video again)"]
-    assert "no subset 'testing'" in data.check(annotations, subsets=["training", "testing"], say=lambda words: None)[1][0]
+    assert "no subset 'testing'" in check.check(annotations, subsets=["training", "testing"], say=lambda words: None)[1][0]
     bare = write_annotations(tmp_path / "b.json", {"v": {"subset": "train", "annotations": [{"segment": [1, 2], "label": "x"}]}})
-    assert "no duration" in data.check(bare, say=lambda words: None)[1][0].replace("has a duration", "no duration")
-    assert data.check(bare, frames=frames, say=lambda words: None) == ([], [])  # from its frames
+    assert "no duration" in check.check(bare, say=lambda words: None)[1][0].replace("has a duration", "no duration")
+    assert check.check(bare, frames=frames, say=lambda words: None) == ([], [])  # from its frames
 
 
 def test_check_notices_frames_that_were_prepared_for_other_snippets(messy, tmp_path):
@@ -565,7 +576,7 @@ def test_check_notices_frames_that_were_prepared_for_other_snippets(messy, tmp_p
     settings = {"snippets": 8, "frames": 2, "stride": 2, "short_side": 16, "copies": [], "quality": 90}
     media.prepare({"v": str(folder)}, str(tmp_path / "made"), settings, 0)
     wanted = {"snippets": 8, "frames": 2, "stride": 2}
-    look = lambda s: {p for _, v, p, _ in data.check(annotations, subsets=["training"], frames=str(tmp_path / "made"), settings=s, say=lambda w: None)[0] if v == "v"}  # noqa: E731
+    look = lambda s: {p for _, v, p, _ in check.check(annotations, subsets=["training"], frames=str(tmp_path / "made"), settings=s, say=lambda w: None)[0] if v == "v"}  # noqa: E731
     assert look(wanted) == set() and look({**wanted, "stride": 4}) == {"frames prepared otherwise"}
 
 
@@ -574,7 +585,7 @@ def test_check_writes_its_list_beside_the_annotations_and_nothing_over(messy, tm
     command = ["check", "--annotations", annotations, "--frames", frames, "--features", features]
     assert data.main(command) == data.main(command) == 1
     lines = (tmp_path / "a.problems.txt").read_text().splitlines()
-    assert len(lines) == 9 and lines[0].startswith(data.MARK) and "training\tgone\tmedia missing\t" in "\n".join(lines)
+    assert len(lines) == 9 and lines[0].startswith(check.MARK) and "training\tgone\tmedia missing\t" in "\n".join(lines)
     printed = capsys.readouterr().out
     assert "8 problems, listed in" in printed and "2 x label lacking" in printed
     (tmp_path / "mine.txt").write_text("notes")
@@ -583,6 +594,16 @@ def test_check_writes_its_list_beside_the_annotations_and_nothing_over(messy, tm
     assert data.main(["check", "--annotations", annotations, "--frames", str(tmp_path)]) == 1
     assert "training cannot start: no video of subset training" in capsys.readouterr().out
     assert data.main(["check", "--annotations", str(tmp_path / "none.json")]) == 1 and data.main(["check"]) == 1
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_reader_that_has_seen_enough_ends_check_quietly(messy, tmp_path, early):
+    annotations, frames, _ = messy
+    read, write = os.pipe()
+    command = [sys.executable, "data.py", "check", "--annotations", annotations, "--frames", frames, "--problems", f"{tmp_path}/problems.txt"]
+    process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1" if early else ""})
+    os.close(write), os.close(read)
+    assert (process.wait(60), process.stderr.read()) == (141, "")
 
 
 def test_check_takes_a_config(messy, tmp_path, capsys):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -116,6 +117,19 @@ def test_learning_rate_schedules():
         engine.lr_factor(0, 1, schedule="linear")
     with pytest.raises(ValueError, match="optimizer 'lion'"):
         engine.make_optimizer([], optimizer="lion", lr=1, weight_decay=0)
+
+
+def test_precision_of_a_forward_pass():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    conv, x = torch.nn.Conv1d(2, 2, 1), torch.randn(1, 2, 4)
+    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with engine.start_process("cpu", precision).autocast():
+            assert conv(x).dtype == dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no GPU here
+        assert [bool(engine.autocast(cuda, p)._enabled) for p in engine.PRECISIONS] == ([True, False, True] if torch.cuda.is_available() else [False] * 3)
+    with pytest.raises(ValueError, match="precision 'half': expected auto, float32, bfloat16"):
+        engine.autocast(cpu, "half")
 
 
 def test_two_gloo_processes_give_the_weights_of_one(tmp_path):

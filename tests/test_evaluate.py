@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -650,6 +651,29 @@ def test_module_stands_alone(tmp_path):
     run = subprocess.run([sys.executable, "-c", "import evaluate; print(evaluate.__file__)"], cwd=tmp_path,
                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert run.returncode == 0 and str(tmp_path) in run.stdout and run.stderr == "", run.stderr
+
+
+@pytest.mark.parametrize("run", ["X=none/there", "none/there", "X=README.md", "X=README.md,none"])
+def test_compare_of_a_folder_that_is_not_there_is_one_clear_error(run):
+    with pytest.raises(SystemExit, match=r"^error: no folder (README.md|none/there) \(of .*\): expected a run's folder"):
+        ev.main(["--compare", run])
+
+
+def test_compare_of_a_folder_without_metrics_is_one_clear_error(tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}: no metrics.json in it or in its folders; has the run finished"):
+        ev.main(["--compare", f"X={tmp_path}"])
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
+    """As `| head -1` does: the pipe is closed at its other end before anything is written. What else was asked for is written."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").write_text(json.dumps({"mAP": {"0.5": 0.5}, "average_mAP": 0.5}))
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "evaluate.py", "--compare", f"{tmp_path}/run", "--json", f"{tmp_path}/out.json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "") and json.load(open(tmp_path / "out.json"))["rows"]
 
 
 def test_compare_takes_the_seeds_of_one_row_and_refuses_other_runs_as_seeds(tmp_path):

@@ -79,6 +79,21 @@ def test_a_video_alone_gets_the_numbers_of_its_run(runs, toys, name):
             assert np.array_equal(features[0].t().numpy(), stored)
 
 
+def test_features_are_computed_in_the_runs_precision(runs, toys, tmp_path):
+    """As in stage features; auto, if the run is from before there was this key."""
+    video, features, seen = media.open_media(f"{toys}/frames/toy_00004.zip"), {}, {}
+    for precision in ("none", "auto", "float32", "bfloat16"):
+        run = shutil.copytree(runs["plain"], tmp_path / precision)
+        cfg = {k: v for k, v in json.load(open(run / "config.json")).items() if k != "precision"}
+        (run / "config.json").write_text(json.dumps(cfg | ({} if precision == "none" else {"precision": precision})))
+        model = localize.load(run, "cpu")
+        model.encoder.conv1.register_forward_hook(lambda module, _, out: seen.update({precision: out.dtype}))
+        features[precision] = localize.features_of(model, video)
+    assert seen == {"none": torch.float32, "auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    assert all(torch.equal(features[k], features["none"]) for k in ("auto", "float32"))
+    assert features["bfloat16"].dtype == torch.float32 and not torch.equal(features["bfloat16"], features["none"])
+
+
 def test_three_lines_of_python(runs, toys):
     lines = localize.__doc__.partition("From Python:\n")[2].splitlines()[:3]
     code = "\n".join(lines).replace("    ", "", 3).replace("runs/toy-0/lofi", runs["plain"]).replace("video.mp4", f"{toys}/frames/toy_00004.zip")

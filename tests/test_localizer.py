@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+import engine
 import gtad
-from localizer import Localizer, train_step
+from localizer import Localizer, encode, train_step
 from tsm import TSM
 
 SIZES = dict(hidden=8, gcn_width=8, gcn_groups=2, inner_bins=4, context_bins=2, map_hidden=(8, 4))
@@ -70,6 +71,23 @@ def test_dropout_draws_the_same_in_both_passes_over_the_chunks():
     assert (first[0] == 0).double().mean() > 0.4 and not torch.equal(first[0] == 0, first[1] == 0)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, dict(chunk=3)])
+def test_bfloat16_on_a_cpu_is_close_and_leaves_losses_gradients_and_features_in_float32(options):
+    model, batch = model_and_batch()
+    model.float()
+    batch["frames"] = torch.nn.functional.interpolate(batch["frames"].flatten(0, 2).float(), 32).byte().view(4, 8, 2, 3, 32, 32)
+    whole, expected = step(model, batch)
+    half = engine.Process(0, 1, torch.device("cpu"), "bfloat16").autocast
+    terms, gradients = step(model, batch, autocast=half, **options)
+    assert all(v.dtype == torch.float32 for v in (*terms.values(), *gradients.values()))
+    for key in whole:
+        assert 0 < abs(terms[key] - whole[key]) < 0.05 * whole[key], key
+    one, two = (torch.cat([g.flatten() for g in gs.values()]) for gs in (gradients, expected))
+    assert torch.cosine_similarity(one, two, dim=0) > 0.98
+    one, two = encode(model.encoder, batch["frames"], 3, half), encode(model.encoder, batch["frames"], 3)
+    assert one.dtype == two.dtype == torch.float32 and 0 < (one - two).norm() < 0.02 * two.norm()
 
 
 def test_the_head_and_the_classifier_see_their_own_standardized_features():

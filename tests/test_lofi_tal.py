@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import lofi_tal
 import toy
+from pretrain import Classifier
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 TINY = ["data.size=16", "data.snippets=8", "data.workers=0", "encoder.width=8", "lofi.epochs=3", "lofi.batch_size=4", "head.epochs=4", "head.batch_size=4",
@@ -64,6 +66,16 @@ def test_a_run_leaves_everything_that_a_number_needs(whole, toy_data):
     assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # frozen
 
 
+def test_training_goes_on_when_nobody_reads_what_it_says(whole, toy_data, tmp_path):
+    """As `| head -1`, or a terminal that was closed."""
+    command = [sys.executable, "lofi_tal.py", *arguments(toy_data, tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    assert process.stdout.readline().startswith("acp: after the first step")
+    process.stdout.close()
+    assert (process.wait(100), process.stderr.read()) == (0, "")
+    assert result_of(tmp_path / "run") == result_of(whole)
+
+
 def test_a_finished_run_is_not_run_again(whole, toy_data, capsys):
     before = {f: os.stat(f"{whole}/{f}").st_mtime_ns for f in ("lofi/encoder.pt", "head/head.pt", "metrics.json")}
     lofi_tal.main(arguments(toy_data, whole))
@@ -83,9 +95,12 @@ def test_classes_can_come_from_elsewhere_and_every_output_says_so(whole, toy_dat
         assert labels == ({"jump", "orbit_left"} if "external" in said else {"figure_eight"})
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_stage_lofi_and_the_same_command_again_give_the_same_result(whole, toy_data, tmp_path, number):
-    words = ["lofi.epochs=20", "lofi.batch_size=2", f"pretrain.checkpoint={whole}/pretrain/encoder.pt"]
+SIZES = {"auto": 16, "float32": 16, "bfloat16": 32}  # oneDNN's bfloat16 gradient of a 3x3 convolution of stride 2 on one single pixel is garbage (torch 2.15)
+
+
+@pytest.mark.parametrize("number, precision", [(signal.SIGINT, "auto"), (signal.SIGTERM, "bfloat16")])
+def test_a_signal_in_stage_lofi_and_the_same_command_again_give_the_same_result(whole, toy_data, tmp_path, number, precision):
+    words = [f"precision={precision}", f"data.size={SIZES[precision]}", "lofi.epochs=20", "lofi.batch_size=2", f"pretrain.checkpoint={whole}/pretrain/encoder.pt"]
     lofi_tal.main(arguments(toy_data, tmp_path / "undisturbed", *words))
     command = [sys.executable, "lofi_tal.py", *arguments(toy_data, tmp_path / "run", "data.workers=1", *words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
@@ -101,6 +116,35 @@ def test_a_signal_in_stage_lofi_and_the_same_command_again_give_the_same_result(
     assert again.returncode == 0, again.stderr
     assert "pretrain: done already" in again.stdout and "resuming at epoch" in again.stdout
     assert result_of(tmp_path / "run") == result_of(tmp_path / "undisturbed")
+    for file in ("lofi/encoder.pt", "head/head.pt"):
+        one, two = (torch.load(tmp_path / run / file, weights_only=True)["model"] for run in ("run", "undisturbed"))
+        assert all(torch.equal(one[k], two[k]) for k in one)  # bit for bit
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_of_each_stage(whole, toy_data, tmp_path, precision):
+    """On a CPU: bfloat16 is what convolutions of each training stage and of stage features give, and nothing else; float32 is what auto is, bit for bit."""
+    seen, chunk = {}, "lofi.chunk=3" if precision == "bfloat16" else "lofi.chunk=0"
+    stages = ["pretrain", "lofi", "features", "sola", "head"] if precision == "bfloat16" else ["pretrain", "lofi", "features", "head", "detect"]
+    words = [f"precision={precision}", f"data.size={SIZES[precision]}", chunk, "sola={subsequence: 4, positions: [0, 1, 2, 3], hidden: 16, epochs: 2, batch_size: 4}"]
+    for i, stage in enumerate(stages):
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: seen.setdefault(stage, set()).add(out.dtype) if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv1d)) else None)
+        try:
+            lofi_tal.main(arguments(toy_data, tmp_path, *words, f"stages=[{','.join(stages[:i + 1])}]"))
+        finally:
+            hook.remove()
+    expected = {torch.bfloat16 if precision == "bfloat16" else torch.float32}
+    assert {k: v for k, v in seen.items() if k not in ("sola", "head")} == dict.fromkeys(["pretrain", "lofi", "features"] + ["detect"] * ("detect" in stages), expected)
+    assert expected <= seen["head"]
+    for file in ("pretrain/encoder.pt", "lofi/encoder.pt", "head/head.pt"):
+        one, two = (torch.load(f"{run}/{file}", weights_only=True)["model"] for run in (whole, tmp_path))
+        assert {k: v.dtype for k, v in one.items()} == {k: v.dtype for k, v in two.items()} and torch.float32 in {v.dtype for v in two.values()}
+        assert all(torch.equal(one[k], two[k]) for k in one) == (precision == "float32"), file
+    for path in glob.glob(f"{tmp_path}/**/features/*.npy", recursive=True):
+        assert np.load(path).dtype == np.float32
+    if precision == "float32":
+        assert result_of(whole) == result_of(tmp_path)
 
 
 def torchrun(*words):
@@ -233,14 +277,16 @@ def test_bad_input_is_one_clear_error(whole, toy_data, tmp_path):
     assert "head.schedule has 'linear'" in fails(argv + ["--set", "head.schedule=linear"])
     assert "lofi.epochs is 2.5, expected a whole number" in fails(argv + ["--set", "lofi.epochs=2.5"])
     assert "need lofi.batchnorm frozen" in fails(argv + ["--set", "lofi.batchnorm=train", "lofi.accumulate=2"])
+    assert "precision has 'half', expected auto, float32, bfloat16" in fails(argv + ["--set", "precision=half"])
+    assert "precision has 16, expected auto" in fails(argv + ["--set", "precision=16"])
     assert "device 'gpu': expected auto" in fails(argv + ["--set", "device=gpu"])
     assert "no file cuhk.json (config key detect.classes_from)" in fails(argv + ["--set", "detect.classes_from=cuhk.json"])
     assert "stages has 'lofy'" in fails(argv + ["--set", "stages=[lofy]"])
     assert "no file none.pt (config key pretrain.checkpoint)" in fails(argv + ["--set", "pretrain.checkpoint=none.pt"])
     assert "list stage pretrain before it" in fails(argv + ["--set", "stages=[features]"])
     assert "head.pt" in fails(argv + ["--set", "stages=[detect]"])
-    message = fails(arguments(toy_data, whole, "lofi.lr=0.3"))
-    assert "begun with another config" in message and "lofi.lr: 0.1 there, 0.3 now" in message
+    message = fails(arguments(toy_data, whole, "lofi.warmup=0.99"))
+    assert "begun with another config" in message and "lofi.warmup: 0.3 there, 0.99 now" in message
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -281,7 +327,16 @@ def test_dry_run_of_the_papers_config_needs_no_data(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "S: frames (1, 12, 8, 3, 16, 16) -> features (1, 64, 12)" in said
     assert "T: frames (1, 3, 8, 3, 32, 32)" in said and "ST: frames (1, 6, 8, 3, 23, 23)" in said and "parameters" in said and "GB" in said
+    assert " classes, peak memory" not in said  # its pretrain.checkpoint leaves no phase to train
     assert not os.path.exists(tmp_path / "x")
+    words = ["data.size=32", "encoder.width=8", "lofi.cycle=[full]", "data.snippets=4", "pretrain.checkpoint=null"]
+    for method, phases in {"icp": ["1, 3, 32, 32) -> 1000"], "speed": ["8, 3, 32, 32) -> 2"], "none": [],
+                           "acp_plus_background": ["8, 3, 32, 32) -> 400", "8, 3, 32, 32) -> 201"]}.items():
+        lofi_tal.main(["--cfg", "configs/anet13.yaml", "--dry-run", "--set", *words, f"pretrain.method={method}"])
+        said = capsys.readouterr().out
+        assert said.count(" classes, peak memory") == len(phases) and all(f"clips (2, 1, {p} classes" in said for p in phases)
+    count = sum(p.numel() for p in Classifier(lofi_tal.build_encoder(lofi_tal.config.load("configs/anet13.yaml", words)), 201).parameters())
+    assert f"acp_plus_background: {count / 1e6:.2f} M parameters" in said
 
 
 @pytest.mark.parametrize("module", ["tsm", "gtad", "sola", "evaluate"])

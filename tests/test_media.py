@@ -14,6 +14,7 @@ import pytest
 import torch
 from torchcodec.encoders import JpegEncoder
 
+import check
 import data
 import media
 
@@ -175,7 +176,7 @@ def test_real_videos(name, frames, duration, height, width):
 def test_a_real_file_that_breaks_off_is_refused(tmp_path):
     with pytest.raises(ValueError, match="corrupted.mp4: only 28 of the 50 frames that are needed decode, expected at least 90%"):
         media.prepare_video(shared("corrupted.mp4"), f"{tmp_path}/v.zip", {**SETTINGS, "snippets": 100})
-    assert "frames that are needed decode" in data._inspect(shared("corrupted.mp4"))[1] and data._inspect(shared("v_GGSY1Qvo990.mp4"))[1] is None
+    assert "frames that are needed decode" in check._inspect(shared("corrupted.mp4"))[1] and check._inspect(shared("v_GGSY1Qvo990.mp4"))[1] is None
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="audio_only.wav has no video stream"):
         media.open_media(shared("audio_only.wav"))
@@ -316,7 +317,7 @@ def test_a_bad_video_json_is_named(folder, text):
         f.write(text)
     with pytest.raises(ValueError, match="in/v/video.json is not as expected"):
         media.open_media(folder)
-    assert "video.json is not as expected" in data._inspect(folder)[1]
+    assert "video.json is not as expected" in check._inspect(folder)[1]
 
 
 def test_an_image_is_a_video_of_one_frame(tmp_path):

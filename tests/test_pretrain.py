@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -80,6 +81,18 @@ def test_segments_of_an_activitynet_json_are_clips_and_so_is_the_background(vide
     assert sample["label"] == 2 and (sample["frames"].float().mean((0, 2, 3, 4)) - torch.tensor([4.0, 6, 8, 10])).abs().max() < 1.5
 
 
+@pytest.mark.parametrize("names", [("Validation", "Test"), ("train", "val")])
+def test_subsets_of_an_activitynet_json_may_have_the_names_of_the_runs(videos, names):
+    options, path = {"source": f"{videos}/annotations.json", "media": None}, videos / "annotations.json"
+    expected = pretrain.clips_of("acp", options, None, 8)
+    assert pretrain.clips_of("acp", options, None, 8, subsets=names) == expected  # training and validation, where the run's are not there
+    path.write_text(path.read_text().replace('"training"', f'"{names[0]}"').replace('"validation"', f'"{names[1]}"'))
+    assert pretrain.clips_of("acp", options, None, 8, subsets=names) == expected
+    with pytest.raises(ValueError, match=re.escape(f"pretrain.acp.source {path} has subsets {sorted(names)}, expected a and b (config keys data.train_subset, data.val_subset), "
+                                                   "or training and validation")):
+        pretrain.clips_of("acp", options, None, 8, subsets=("a", "b"))
+
+
 @pytest.mark.parametrize("phase, plays", pretrain.PLAYS.items())
 def test_arrow_and_speed_show_each_clip_twice(phase, plays, tmp_path):
     for split in ("train", "val"):
@@ -93,6 +106,23 @@ def test_arrow_and_speed_show_each_clip_twice(phase, plays, tmp_path):
     steps = [(s["frames"].float().mean((0, 2, 3, 4)).diff() / 10).round().tolist() for s in (one, two)]
     assert (one["label"], two["label"]) == (0, 1)
     assert steps == ([[2, 2, 2], [-2, -2, -2]] if phase == "arrow" else [[2, 2, 2], [4, 4, 4]])
+
+
+def test_both_ways_to_play_a_clip_come_in_one_batch_at_one_view(tmp_path, monkeypatch):
+    rng, batches = np.random.default_rng(0), []
+    for i in range(6):
+        write(tmp_path / f"train/c/{i}.zip", torch.as_tensor(rng.integers(0, 255, (8, 3, 24, 24)), dtype=torch.uint8))
+    write(tmp_path / "val/c/9.zip", brightness(range(8)))
+    clips = pretrain.clips_of("arrow", {"source": str(tmp_path)}, None, 32)
+    collate = data.collate
+    monkeypatch.setattr(data, "collate", lambda samples: batches.append(collate(samples)) or batches[-1])
+    pretrain.train_classifier(TSM(width=8, maxpool=False), clips, size=16, seed=0, options={**OPTIONS, "epochs": 1, "batch_size": 4}, name="arrow", folder=f"{tmp_path}/run",
+                              process=PROCESS, workers=0, stride=2, crop=0.5, flip=True)
+    training = [b for b in batches if len(b["name"]) == 4]
+    assert len(training) == 3
+    for b in training:
+        assert b["name"][::2] == b["name"][1::2] and b["label"].tolist() == [0, 1, 0, 1]
+        assert torch.equal(b["frames"][::2], b["frames"][1::2].flip(2)) and b["frames"].float().std() > 30
 
 
 def test_a_clip_too_short_for_double_speed_is_named(tmp_path):

@@ -147,6 +147,20 @@ def test_a_finished_stage_is_skipped_and_an_interrupted_one_resumed(whole, files
     assert "sola: done already" in capsys.readouterr().out
 
 
+def test_a_batch_of_more_than_all_subsequences_is_one_of_all(files, tmp_path, capsys):
+    """Not the same ones again and again, until 256 are full."""
+    lofi_tal.main(arguments(files, tmp_path / "256", "stages=[sola]", "sola.batch_size=256"))
+    assert "sola: an epoch has 8 subsequences, fewer than sola.batch_size 256: 8 a step\n" in capsys.readouterr().out
+    lofi_tal.main(arguments(files, tmp_path / "8", "stages=[sola]", "sola.batch_size=8"))
+    assert "8 a step" not in capsys.readouterr().out
+    one, two = weights(tmp_path / "256"), weights(tmp_path / "8")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    for run in ("256", "8"):
+        for line in open(tmp_path / run / "sola/metrics.jsonl"):
+            r = json.loads(line)
+            assert r["videos_per_sec"] * r["seconds"] == pytest.approx(8)  # what was computed
+
+
 def test_two_processes_give_the_module_of_one(whole, files, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "lofi_tal.py",
                            *arguments(files, tmp_path / "two", "stages=[sola]")], capture_output=True, text=True, env=ENV, timeout=200)
