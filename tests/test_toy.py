@@ -73,6 +73,21 @@ def test_the_main_sprite_moves_in_segments_more_than_around_them():
     assert np.mean(inside) > 1.3 * np.mean(outside) and all(i > o for i, o in zip(inside, outside))
 
 
+def test_a_motion_looks_different_played_backwards():
+    """Fast one way, slow the other; but for bouncing and jumping, which are the same either way."""
+    for name, motion in {**toy.AUXILIARY_MOTIONS, **toy.TARGET_MOTIONS}.items():
+        class Always:  # a period of 40 frames, from phase 0
+            def uniform(self, low, high):
+                return 40 if low else 0
+        pose = np.zeros((80, 5), np.float32)
+        toy._act(Always(), pose, motion, [(0, 80, 1.0)], 0.3)
+        cycle = pose[:41]
+        step = np.abs(np.diff(cycle, axis=0)).sum(1)
+        if name not in ("bounce", "jump"):
+            assert step[:10].sum() + step[30:].sum() > 1.5 * step[10:30].sum(), name
+        np.testing.assert_allclose(np.diff(pose[:40], axis=0), np.diff(pose[40:], axis=0), atol=1e-5)  # and the same in each period
+
+
 def test_nothing_is_written_over(small, tmp_path):
     before = bytes_of(small)
     assert toy.make_toy(small, seed=1, **SMALL) is False  # the same one is there
