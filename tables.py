@@ -1,48 +1,163 @@
-"""Rows of the paper's tables on the toy data, next to the paper's own numbers.
+"""The papers' tables in miniature: rows on toy data over several seeds, beside the papers' numbers, and a verdict on each of the papers' claims.
 
-    python tables.py --tables 1 7 --seeds 0 1 2
+    python tables.py                            all tables on the small toy, five seeds: hours on two cores; writes RESULTS.md and RESULTS.json
+    python tables.py --tables 1 2 --seeds 21    some of it
+    python tables.py --toy large --tables 1 2   for one GPU
+    python tables.py --sensitivity              Table 1 with one of the toy's knobs turned at a time
+    python tables.py --render                   RESULTS.md from RESULTS.json alone
 
 A seed draws the data (toy.py), the encoders and the heads. Each row is one run of lofi_tal.py; rows share what they have in common, such as the ACP encoder.
-Started again it goes on where it stopped: a row with a metrics.json is done, if its config is still the one asked for. Rows that ./train.sh has made are taken as they are.
-The paper's numbers are LoFi's on ActivityNet-1.3, average mAP over tIoU 0.5:0.05:0.95: what can be compared is the order of the rows, not their height.
+Started again it goes on where it stopped. A row is done if its run has a metrics.json, or RESULTS.json its record, of the very config that is asked for; rows that ./train.sh
+has made are taken as they are. Rows run side by side (--jobs), each with a GPU of its own or a share of the cores.
 """
 import argparse
+import fcntl
+import inspect
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from typing import NamedTuple
 
-import numpy as np
+import torch
+import yaml
 
 import config
-import evaluate
+import results
+import toy
 
-MARK = "<!-- made by tables.py -->"
 HERE = os.path.dirname(os.path.abspath(__file__))
-FROZEN, ACP = "stages=[pretrain,features,head,detect]", "pretrain.checkpoint={runs}/acp/pretrain/encoder.pt"
+FROZEN, ACP, HEAD = "stages=[pretrain,features,head,detect]", "pretrain.checkpoint={acp}/acp/pretrain/encoder.pt", "stages=[head,detect]"
+SOLA, R2PLUS1D = "stages=[sola,head,detect]", "encoder.name=r2plus1d_18"
 
-# name: (rows that must be there before it, words of lofi_tal.py --set)
+# name: (rows that must be there before it, words of lofi_tal.py --set). {runs}: the seed's folder of runs, {acp}: the one with its ACP encoder, {quarter}: of the snippets
 ROWS = {
     "icp": ([], [FROZEN, "pretrain.method=icp", "encoder.shift_div=0"]),  # an image network has never seen shifted channels
     "acp": ([], [FROZEN, "pretrain.method=acp"]),
     "acp_plus": (["acp"], [FROZEN, "pretrain.method=acp_plus", ACP]),
     "acp_plus_background": (["acp"], [FROZEN, "pretrain.method=acp_plus_background", ACP]),
     "lofi": (["acp"], [ACP]),
+    "s": (["acp"], [ACP, "lofi.cycle=[S]"]),
+    "t": (["acp"], [ACP, "lofi.cycle=[T]"]),
+    "st": (["acp"], [ACP, "lofi.cycle=[ST]"]),
+    "short": (["acp"], [ACP, "lofi.order=short", "lofi.period=1"]),  # the paper's 16 batches of its 600 an epoch would be a whole epoch here
+    "full": (["acp"], [ACP, "lofi.cycle=[full]", "lofi.chunk={quarter}"]),  # full fidelity in the memory of a quarter of the snippets, as T's
+    "r2plus1d_acp": ([], [FROZEN, "pretrain.method=acp", R2PLUS1D]),
+    "r2plus1d_t": (["r2plus1d_acp"], ["pretrain.checkpoint={runs}/r2plus1d_acp/pretrain/encoder.pt", R2PLUS1D, "lofi.cycle=[T]"]),
+    **{f"r{depth}_acp": ([], [FROZEN, "pretrain.method=acp", f"encoder.depth={depth}"]) for depth in (34, 50)},
+    **{f"r{depth}_lofi": ([f"r{depth}_acp"], [f"pretrain.checkpoint={{runs}}/r{depth}_acp/pretrain/encoder.pt", f"encoder.depth={depth}"]) for depth in (34, 50)},
     "arrow": ([], [FROZEN, "pretrain.method=arrow"]),
     "speed": ([], [FROZEN, "pretrain.method=speed"]),
-    "acp_arrow": (["acp", "arrow"], ["stages=[head,detect]", "data.features=[{runs}/acp/features,{runs}/arrow/features]"]),
-    "acp_speed": (["acp", "speed"], ["stages=[head,detect]", "data.features=[{runs}/acp/features,{runs}/speed/features]"]),
+    "acp_arrow": (["acp", "arrow"], [HEAD, "data.features=[{runs}/acp/features,{runs}/arrow/features]"]),
+    "acp_speed": (["acp", "speed"], [HEAD, "data.features=[{runs}/acp/features,{runs}/speed/features]"]),
+    "sola": (["acp"], [SOLA, "data.features={runs}/acp/features"]),
+    "lofi_sola": (["lofi"], [SOLA, "data.features={runs}/lofi/features"]),
+    "bmn_acp": (["acp"], [HEAD, "tal_head=bmn", "data.features={runs}/acp/features"]),
+    "bmn_lofi": (["acp"], [ACP, "tal_head=bmn"]),
 }
 
-# table: (title, {row: (its name there, the paper's mAP @0.5, @0.75, @0.95 and average, None where the paper has no such row)}); gains are over the row "acp"
+R18, LOFI, TLOFI = (49.64, 34.16, 7.68, 33.59), (50.68, 35.16, 8.16, 34.49), (50.28, 35.21, 8.09, 34.32)
+# table: (title, {row: (its name there, the row its gain is over, the paper's mAP on ActivityNet-1.3 @0.5, @0.75, @0.95 and average; None where there is none)})
 TABLES = {
     "1": ("pre-training of the encoder", {
-        "icp": ("ICP", (48.45, 32.40, 6.89, 32.16)), "acp": ("ACP", (49.64, 34.16, 7.68, 33.59)), "acp_plus": ("ACP+", (49.87, 34.58, 7.85, 33.84)),
-        "acp_plus_background": ("ACP+ with background", None), "lofi": ("LoFi", (50.68, 35.16, 8.16, 34.49))}),
+        "icp": ("ICP", "acp", (48.45, 32.40, 6.89, 32.16)), "acp": ("ACP", None, R18), "acp_plus": ("ACP+", "acp", (49.87, 34.58, 7.85, 33.84)),
+        "acp_plus_background": ("ACP+ with background", "acp", None), "lofi": ("LoFi", "acp", LOFI)}),
+    "2": ("low-fidelity configurations", {
+        "acp": ("ACP", None, R18), "s": ("S-LoFi", "acp", (50.47, 34.71, 7.57, 34.12)), "t": ("T-LoFi", "acp", TLOFI), "st": ("ST-LoFi", "acp", (50.36, 34.79, 7.59, 34.12)),
+        "short": ("short cycle", "acp", (50.57, 35.12, 8.14, 34.38)), "lofi": ("long cycle (LoFi)", "acp", LOFI)}),
+    "5": ("encoders", {
+        "acp": ("TSM-R18, ACP", None, R18), "t": ("TSM-R18, T-LoFi", "acp", TLOFI),
+        "r2plus1d_acp": ("R(2+1)D-18, ACP", None, (49.65, 34.11, 8.66, 33.55)), "r2plus1d_t": ("R(2+1)D-18, T-LoFi", "r2plus1d_acp", (49.84, 34.73, 8.64, 34.21))}),
+    "6": ("depth of the encoder", {
+        "acp": ("R18, ACP", None, R18), "lofi": ("R18, LoFi", "acp", LOFI),
+        "r34_acp": ("R34, ACP", None, (50.16, 34.35, 8.31, 33.90)), "r34_lofi": ("R34, LoFi", "r34_acp", (50.79, 35.39, 8.38, 34.74)),
+        "r50_acp": ("R50, ACP", None, (50.32, 35.07, 8.02, 34.26)), "r50_lofi": ("R50, LoFi", "r50_acp", (50.91, 35.86, 8.79, 34.96))}),
     "7": ("self-supervised pre-training", {
-        "acp": ("ACP", (49.64, 34.16, 7.68, 33.59)), "arrow": ("Arrow", (44.14, 28.87, 5.90, 28.82)), "speed": ("Speed", (44.50, 29.52, 6.14, 29.39)),
-        "acp_arrow": ("ACP+Arrow", (49.79, 34.48, 7.70, 33.72)), "acp_speed": ("ACP+Speed", (49.84, 34.11, 7.50, 33.75)), "lofi": ("LoFi", (50.68, 35.16, 8.16, 34.49))}),
+        "acp": ("ACP", None, R18), "arrow": ("Arrow", "acp", (44.14, 28.87, 5.90, 28.82)), "speed": ("Speed", "acp", (44.50, 29.52, 6.14, 29.39)),
+        "acp_arrow": ("ACP+Arrow", "acp", (49.79, 34.48, 7.70, 33.72)), "acp_speed": ("ACP+Speed", "acp", (49.84, 34.11, 7.50, 33.75)), "lofi": ("LoFi", "acp", LOFI)}),
+    "sola": ("SoLa, with the linear probe \"action or background snippet\"", {
+        "acp": ("raw ACP features", None, None), "sola": ("SoLa", "acp", None), "lofi": ("LoFi", "acp", None), "lofi_sola": ("LoFi + SoLa", "acp", None)}),
+    "A": ("another head, BMN (LoFi, supplementary material)", {"bmn_acp": ("BMN, ACP", None, None), "bmn_lofi": ("BMN, LoFi", "bmn_acp", None)}),
+    "full": ("beyond the papers: full fidelity end to end, chunk by chunk", {"acp": ("ACP", None, None), "lofi": ("LoFi", "acp", None), "full": ("full fidelity", "acp", None)}),
 }
+
+ALONE = {"s": -1 / 3, "t": -1 / 3, "st": -1 / 3}
+# (id, sentence, the paper's difference or None, {row: weight} whose sum of the measure is claimed to be above 0, measure, source)
+CLAIMS = [
+    ("1.1", "ACP over ICP", 1.43, {"acp": 1, "icp": -1}, "average", "LoFi, Table 1"),
+    ("1.2", "ACP+ over ACP", 0.25, {"acp_plus": 1, "acp": -1}, "average", "LoFi, Table 1"),
+    ("1.3", "LoFi over ACP", 0.90, {"lofi": 1, "acp": -1}, "average", "LoFi, Table 1"),
+    ("1.4", "LoFi over ACP+", 0.65, {"lofi": 1, "acp_plus": -1}, "average", "LoFi, Table 1"),
+    ("2.1", "S-LoFi over ACP", 0.53, {"s": 1, "acp": -1}, "average", "LoFi, Table 2"),
+    ("2.2", "T-LoFi over ACP", 0.73, {"t": 1, "acp": -1}, "average", "LoFi, Table 2"),
+    ("2.3", "ST-LoFi over ACP", 0.53, {"st": 1, "acp": -1}, "average", "LoFi, Table 2"),
+    ("2.4", "long cycle over the mean of S, T, ST alone", 0.30, {"lofi": 1, **ALONE}, "average", "LoFi, Table 2"),
+    ("2.5", "short cycle over the mean of S, T, ST alone", 0.19, {"short": 1, **ALONE}, "average", "LoFi, Table 2"),
+    ("2.6", "long cycle over short cycle", 0.11, {"lofi": 1, "short": -1}, "average", "LoFi, Table 2"),
+    ("5.1", "T-LoFi over ACP with R(2+1)D", 0.66, {"r2plus1d_t": 1, "r2plus1d_acp": -1}, "average", "LoFi, Table 5"),
+    ("6.1", "LoFi over ACP with R34", 0.84, {"r34_lofi": 1, "r34_acp": -1}, "average", "LoFi, Table 6"),
+    ("6.2", "LoFi over ACP with R50", 0.70, {"r50_lofi": 1, "r50_acp": -1}, "average", "LoFi, Table 6"),
+    ("6.3", "the gain shrinks with depth: R18's over R50's", 0.20, {"lofi": 1, "acp": -1, "r50_lofi": -1, "r50_acp": 1}, "average", "LoFi, Table 6"),
+    ("7.1", "ACP over Arrow", 4.77, {"acp": 1, "arrow": -1}, "average", "LoFi, Table 7"),
+    ("7.2", "ACP over Speed", 4.20, {"acp": 1, "speed": -1}, "average", "LoFi, Table 7"),
+    ("7.3", "ACP+Arrow over ACP", 0.13, {"acp_arrow": 1, "acp": -1}, "average", "LoFi, Table 7"),
+    ("7.4", "ACP+Speed over ACP", 0.16, {"acp_speed": 1, "acp": -1}, "average", "LoFi, Table 7"),
+    ("7.5", "LoFi over ACP+Arrow", 0.77, {"lofi": 1, "acp_arrow": -1}, "average", "LoFi, Table 7"),
+    ("7.6", "LoFi over ACP+Speed", 0.74, {"lofi": 1, "acp_speed": -1}, "average", "LoFi, Table 7"),
+    ("A.1", "LoFi over ACP with BMN", None, {"bmn_lofi": 1, "bmn_acp": -1}, "average", "LoFi, suppl. Table A"),
+    ("sola.1", "SoLa over raw features, AUC of the linear probe", None, {"sola": 1, "acp": -1}, "auc", "SoLa"),
+    ("sola.2", "SoLa over raw features, mAP", None, {"sola": 1, "acp": -1}, "average", "SoLa"),
+]
+CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the labels of background alone can bring
+    ("C.1", "LoFi over ACP+ with background", None, {"lofi": 1, "acp_plus_background": -1}, "average", "control"),
+    ("C.2", "LoFi + SoLa over LoFi, mAP", None, {"lofi_sola": 1, "lofi": -1}, "average", "control"),
+    ("C.3", "full fidelity over LoFi: what low fidelity loses", None, {"full": 1, "lofi": -1}, "average", "control"),
+]
+MEMORY = ("s", "t", "st")  # claimed to need about the same
+
+# name: (config, arguments of toy.make_toy beside its defaults, seeds, folder name, the command that makes its results)
+TOYS = {
+    "small": ("toy.yaml", {}, [21, 22, 23, 24, 25], "toy-{seed}", "python tables.py"),
+    "large": ("toy_large.yaml", dict(train=600, val=300, clips=8000, stills=4000, size=128, snippets=100, frames_per_snippet=8), [21], "toy-large-{seed}",
+              "python tables.py --toy large --tables 1 2"),
+}
+
+# sensitivity: {setting: (arguments of make_toy, "x2" for twice the toy's own; words of --set)}; none of them may change the clips, whose ACP encoder all share
+SETTINGS = {
+    "no competitors": ({"competitors": 0}, []),
+    "1 competitor": ({"competitors": 1}, []),
+    "3 competitors": ({"competitors": 3}, []),
+    "near-action weaker (0.45)": ({"near": 0.45}, []),
+    "near-action stronger (0.75)": ({"near": 0.75}, []),
+    "weaker amplitude (0.20-0.27)": ({"amplitude": [0.20, 0.27]}, []),
+    "no scene": ({"scene": 0.0}, []),
+    "half the training videos": ({"train": "x0.5"}, []),
+    "twice the training videos": ({"train": "x2"}, []),
+}
+COMPARED = ("acp", "acp_plus", "acp_plus_background", "lofi")  # in each setting
+LABELS = {"acp": "ACP", "acp_plus": "ACP+", "acp_plus_background": "ACP+bg", "lofi": "LoFi"}
+SHARED = {"acp": ([], ["stages=[features,head,detect]", ACP])}  # in a setting: the encoder is there already
+
+
+class Job(NamedTuple):
+    """A row of a seed, in a setting or none; row "data": making its data."""
+    setting: str | None
+    seed: int
+    row: str
+    data: str
+    runs: str
+    acp: str  # the folder of runs with the seed's ACP encoder
+
+    @property
+    def key(self):
+        return self.setting, self.seed, self.row
+
+    @property
+    def name(self):
+        return f"seed {self.seed} {self.row}" + (f" ({self.setting})" if self.setting else "")
 
 
 def in_order(names):
@@ -53,88 +168,293 @@ def in_order(names):
     return out
 
 
-def words_of(name, seed, data, runs):
-    """Config words of a row."""
+def words_of(name, seed, data, runs, acp=None, quarter=8, setting=None):
+    """Config words of a row. acp: the folder of runs with the ACP encoder; quarter: of the config's snippets."""
+    words = (SHARED if setting else {}).get(name, ROWS[name])[1] + (SETTINGS[setting][1] if setting else [])
     return [f"seed={seed}", f"out={runs}/{name}", f"data.annotations={data}/annotations.json", f"data.frames={data}/frames",
-            f"pretrain.icp.source={data}/stills", f"pretrain.acp.source={data}/clips", *(w.format(runs=runs) for w in ROWS[name][1])]
+            f"pretrain.icp.source={data}/stills", f"pretrain.acp.source={data}/clips", *(w.format(runs=runs, acp=acp or runs, quarter=quarter) for w in words)]
 
 
-def is_done(cfg, name, words):
-    """Whether a row has its metrics; ValueError if they are of another config than this row's."""
-    out = (wanted := config.load(cfg, words)).out
-    if not os.path.exists(f"{out}/metrics.json"):
-        return False
-    with open(f"{out}/config.json") as f:
-        differ = config.differences(json.load(f), wanted)
-    if differ:
-        raise ValueError(f"{out} holds another row {name} than this one:\n" + "\n".join(differ) + "\nname another --runs, or remove that folder yourself")
-    return True
+def needs(job):
+    """Keys of what must be there before a job."""
+    if job.row == "data":
+        return set()
+    rows = ROWS[job.row][0] if job.setting is None else ["acp"]
+    return {(job.setting, job.seed, "data"), *((None, job.seed, row) for row in rows)}
 
 
-def accuracy(folder):
-    """Top-1 accuracy of a run's last pre-training on held-out clips, None if it has none."""
-    path = f"{folder}/pretrain/accuracy.json"
-    if os.path.exists(path):
-        with open(path) as f:
-            for record in reversed(json.load(f)["phases"].values()):
-                return record["top1"]
+class Plan:
+    """What the arguments ask for: jobs {key: Job} in the order in which they should start, and how to make each."""
+
+    def __init__(self, args):
+        name, arguments, seeds, folder, _ = TOYS[args.toy]
+        self.cfg, self.set, self.args, self.digests = f"{HERE}/configs/{name}", args.set, args, {}
+        self.knobs = {k: yaml.safe_load(v) for k, _, v in (word.partition("=") for word in args.knob)}
+        self.defaults = {k: p.default for k, p in inspect.signature(toy.make_toy).parameters.items() if p.default is not inspect.Parameter.empty} | arguments
+        for key in (*self.knobs, *(k for knobs, _ in SETTINGS.values() for k in knobs)):
+            if key not in self.defaults or key in ("seed", "workers"):
+                raise ValueError(f"--knob {key}: expected {', '.join(k for k in self.defaults if k not in ('seed', 'workers'))}")
+        self.arguments = arguments | self.knobs
+        values = [f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in sorted(self.knobs.items())]
+        self.label = " ".join([args.toy, *values])
+        folder = "-".join([folder, *("".join(c for c in v.replace(",", "_") if c not in "=[]") for v in values)])
+        self.data, self.runs = args.data or f"data/{folder}", args.runs or f"runs/{folder}"
+        self.quarter = max(config.load(self.cfg, self.set).data.snippets // 4, 1)
+        self.seeds = args.seeds or (args.sensitivity_seeds if args.sensitivity and not args.tables else seeds)
+        both = {*self.seeds, *(args.sensitivity_seeds if args.sensitivity else [])}
+        if len(both) > 1 and not ("{seed}" in self.data and "{seed}" in self.runs):
+            raise ValueError(f"--data {self.data} --runs {self.runs}: with several seeds both need {{seed}} in them")
+        self.tables = args.tables or ([] if args.sensitivity else list(TABLES))
+        self.jobs = {}
+        for table in self.tables:
+            for seed in self.seeds:
+                self.add(None, seed, TABLES[table][1])
+        for seed in args.sensitivity_seeds if args.sensitivity else []:
+            self.add(None, seed, COMPARED)
+        for setting in SETTINGS if args.sensitivity else ():
+            for seed in args.sensitivity_seeds:
+                self.add(setting, seed, COMPARED)
+
+    def add(self, setting, seed, rows):
+        data, runs = (x.format(seed=seed) for x in (self.data, self.runs))
+        suffix = "" if setting is None else "-" + "_".join(setting.replace("(", "").replace(")", "").split())
+        for row in ["data", *(in_order(rows) if setting is None else rows)]:
+            job = Job(setting, seed, row, data + suffix, runs + suffix, runs)
+            self.jobs.setdefault(job.key, job)
+
+    def words(self, job):
+        return words_of(job.row, job.seed, job.data, job.runs, job.acp, self.quarter, job.setting) + self.set
+
+    def config(self, job):
+        return config.load(self.cfg, self.words(job))
+
+    def digest(self, job):
+        """Hash and content of a row's config with folders by their role: the same for each seed."""
+        if (job.setting, job.row) not in self.digests:
+            words = words_of(job.row, 0, "DATA", "RUNS", "ACP" if job.setting else "RUNS", self.quarter, job.setting) + self.set
+            self.digests[job.setting, job.row] = results.digest(config.load(self.cfg, words))
+        return self.digests[job.setting, job.row]
+
+    def toy_arguments(self, job):
+        own = {k: type(self.defaults[k])(self.defaults[k] * float(v[1:])) if isinstance(v, str) else v for k, v in SETTINGS[job.setting][0].items()} if job.setting else {}
+        return self.arguments | own | ({"clips": 1, "stills": 1} if job.setting else {})
+
+    def command(self, job):
+        if job.row == "data":
+            flags = [x for k, v in self.toy_arguments(job).items() for x in (f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, (list, tuple)) else [v]))]
+            return [sys.executable, f"{HERE}/toy.py", "--out", job.data, "--seed", str(job.seed), *flags]
+        return [sys.executable, f"{HERE}/lofi_tal.py", "--cfg", self.cfg, "--set", *self.words(job)]
 
 
-def table(name, folders):
-    """Markdown of one table. folders: {row: [the folder of each seed]}."""
-    title, rows = TABLES[name]
-    found = evaluate.compare([f"{rows[r][0]}={','.join(folders[r])}" for r in rows])
-    average = {r: np.array([json.load(open(f"{f}/metrics.json"))["average_mAP"] for f in folders[r]]) for r in rows}
-    lines = []
-    for (r, (label, paper)), row in zip(rows.items(), found):
-        gain, top1 = 100 * (average[r] - average["acp"]), [accuracy(f) for f in folders[r]]
-        spread = row["std"] or {}
-        cells = [f"{100 * row[k]:.2f}" + (f" ± {100 * spread[k]:.2f}" if spread else "") for k in ("0.5", "0.75", "0.95", "average")]
-        cells.append("" if r == "acp" else f"{gain.mean():+.2f}" + (f" ± {gain.std(ddof=1):.2f}" if len(gain) > 1 else ""))
-        cells += [f"{row['seconds']:.0f}", "" if None in top1 else f"{100 * np.mean(top1):.1f}", row["seeds"]]
-        cells += ["", ""] if paper is None else [" / ".join(f"{x:.2f}" for x in paper), "" if r == "acp" else f"{paper[3] - rows['acp'][1][3]:+.2f}"]
-        lines.append([label, *cells])
-    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over ACP", "seconds", "clips top-1", "seeds", "paper: @0.5 / 0.75 / 0.95 / average", "over ACP"]
-    classes = ", ".join(sorted({row["class_source"] for row in found}))
-    return f"**Table {name}**, {title}. Toy data, mean ± std over seeds, classes from the {classes}; the paper on ActivityNet-1.3.\n\n{evaluate._table(header, lines)}\n"
+def look(plan, store):
+    """(keys of the jobs that have to run, jobs that are done but not in the records yet). ValueError where something else is there than is asked for."""
+    ready, recorded, unrecorded = set(), set(), []
+    for key, job in plan.jobs.items():
+        if job.row == "data":
+            continue
+        digest, flat = plan.digest(job)
+        record, out = store["records"].get((plan.label, *key)), f"{job.runs}/{job.row}"
+        if record and record["hash"] != digest:
+            old = store["configs"].get(record["hash"], {})
+            differ = [f"  {k}: {old.get(k)!r} there, {flat.get(k)!r} now" for k in sorted(old.keys() | flat.keys()) if old.get(k) != flat.get(k)]
+            raise ValueError(f"{plan.args.results}.json holds another {job.name} of toy {plan.label}:\n" + "\n".join(differ) + "\nname another --results (and --runs)")
+        if record:
+            recorded.add(key)
+        if os.path.exists(f"{out}/metrics.json"):
+            with open(f"{out}/config.json") as f:
+                differ = config.differences({"precision": "auto"} | json.load(f), plan.config(job))  # runs of before that key
+            if differ:
+                raise ValueError(f"{out} holds another row {job.row} than this one:\n" + "\n".join(differ) + "\nname another --runs, or remove that folder yourself")
+            ready.add(key)
+            if not record or record["average"] != results.load_json(f"{out}/metrics.json")["average_mAP"]:
+                unrecorded.append(job)
+    run, needed = set(), set()
+    for key, job in reversed(plan.jobs.items()):  # what needs a row comes before it
+        if job.row == "data":
+            present = os.path.exists(f"{job.data}/annotations.json")
+            if key in needed and present:
+                toy.make_toy(job.data, seed=job.seed, **plan.toy_arguments(job))  # says so if it is another
+            must = key in needed and not present
+        else:
+            must = key not in ready and (key not in recorded or key in needed)
+        if must:
+            run.add(key)
+            needed |= needs(job)
+    return run, unrecorded
+
+
+def schedule(waiting, start, ended, slots, stop=lambda: 0, pause=0.2):
+    """Runs jobs side by side, at most `slots`, each as soon as what it needs is done; returns (failed, skipped) keys.
+
+    waiting: {key: keys that it needs}, in order of preference, each behind what it needs. start(key, slot) -> a Popen; ended(key, status) -> whether it
+    went well. stop(): a number once no more jobs should start and those that run should be interrupted, once; they are waited for."""
+    waiting, free, running, failed, skipped, told = dict(waiting), list(range(slots)), {}, [], [], False
+    try:
+        while waiting or running:
+            if stop() and not told:
+                told, waiting = True, {}
+                for process, _ in running.values():
+                    process.send_signal(signal.SIGINT)
+            for key in list(waiting):
+                if waiting[key] & {*failed, *skipped}:
+                    skipped.append(key)
+                    del waiting[key]
+            for key in list(waiting):
+                if free and not waiting[key] & (waiting.keys() | running.keys()):
+                    del waiting[key]
+                    running[key] = start(key, free[0]), free.pop(0)
+            for key, (process, slot) in list(running.items()):
+                status = process.poll()
+                if status is not None:
+                    del running[key]
+                    free = sorted([*free, slot])
+                    if not ended(key, status) and not told:
+                        failed.append(key)
+            if running and pause:
+                time.sleep(pause)
+    finally:
+        for process, _ in running.values():
+            process.send_signal(signal.SIGINT)
+        for process, _ in running.values():
+            process.wait()
+    return failed, skipped
+
+
+def lock(folders):
+    """File descriptors that keep other tables.py out of these folders until they and the children that hold them are gone."""
+    held = []
+    for folder in sorted(set(folders)):
+        os.makedirs(folder, exist_ok=True)
+        held.append(os.open(folder, os.O_RDONLY))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another tables.py works there (or a run that one left behind): wait for it, or name another --runs") from None
+    return held
+
+
+def gpus_of(cfg, environment=os.environ):
+    """Names of the GPUs to hand out, for CUDA_VISIBLE_DEVICES; none on a CPU."""
+    if cfg.device == "cpu":
+        return []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    known = torch.cuda.device_count()
+    return [g.strip() for g in visible.split(",") if g.strip()][:known] if visible is not None else [str(i) for i in range(known)]
+
+
+def environment_of(slot, jobs, gpus, cores):
+    """Environment of a job: its GPU, or its share of the cores; an OMP_NUM_THREADS that is set already stays."""
+    own = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
+    return os.environ | own | {k: os.environ[k] for k in ("OMP_NUM_THREADS",) if k in os.environ}
+
+
+def work(plan, text):
+    """Makes everything that is not there yet; returns the exit status."""
+    held, signals = lock(job.runs for job in plan.jobs.values()), []
+    before = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return make_all(plan, text, held, signals)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def make_all(plan, text, held, signals):
+    path = plan.args.results
+    store = results.read(f"{path}.json")
+    run, unrecorded = look(plan, store)
+    gpus, cores = gpus_of(config.load(plan.cfg, plan.set)), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = plan.args.jobs or len(gpus) or min(cores, 4)
+    begun, took, count = {}, {}, [0]
+
+    def keep(job, threads=None):
+        cfg, (digest, flat) = plan.config(job), plan.digest(job)
+        record = results.record_of(cfg.out, cfg, digest, toy=plan.label, setting=job.setting, seed=job.seed, row=job.row, words=plan.set, threads=threads)
+        results.write(path, text, record, flat)
+        return record
+
+    def start(key, slot):
+        job, environment = plan.jobs[key], environment_of(slot, slots, gpus, cores)
+        command = plan.command(job)
+        os.makedirs(job.runs, exist_ok=True)
+        begun[key] = time.monotonic(), None if gpus else int(environment["OMP_NUM_THREADS"])
+        print(f"[{count[0]}/{len(run)}] {job.name}: starts" + (f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if gpus else ""), flush=True)
+        with open(f"{job.runs}/{job.row}.log", "a") as log:
+            print("$", shlex.join(command), file=log, flush=True)
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True, pass_fds=held)
+
+    def ended(key, status):
+        job, seconds = plan.jobs[key], time.monotonic() - begun[key][0]
+        if status or not os.path.exists(f"{job.data}/annotations.json" if job.row == "data" else f"{job.runs}/{job.row}/metrics.json"):
+            print(f"[{count[0]}/{len(run)}] {job.name}: " + ("interrupted" if signals else f"FAILED with status {status}, see {job.runs}/{job.row}.log"), flush=True)
+            return False
+        count[0] += 1
+        took.setdefault(job.row, []).append(seconds)
+        known, everything = {k: sum(v) / len(v) for k, v in took.items()}, [x for v in took.values() for x in v]
+        left = sum(known.get(k[2], sum(everything) / len(everything)) for k in run - begun.keys()) / slots
+        score = "" if job.row == "data" else f", mAP {100 * keep(job, begun[key][1])['average']:.2f} %"
+        guess = f"{left / 3600:.1f} h" if left > 3600 else f"{left / 60:.0f} min"
+        print(f"[{count[0]}/{len(run)}] {job.name}: {seconds:.0f} s{score}; about {guess} left", flush=True)
+        return True
+
+    for job in unrecorded:
+        keep(job)
+    print(f"{len(run)} jobs to run, {len(plan.jobs) - len(run)} done or not needed; {slots} at once" + (f" on GPUs {', '.join(gpus)}" if gpus else ""), flush=True)
+    failed, skipped = schedule({k: needs(plan.jobs[k]) & run for k in plan.jobs if k in run}, start, ended, slots, lambda: len(signals))
+    results.write(path, text)
+    for key in failed:
+        print(f"failed: {plan.jobs[key].name}, see {plan.jobs[key].runs}/{plan.jobs[key].row}.log", file=sys.stderr)
+    for key in skipped:
+        print(f"skipped, as it needs one that failed: {plan.jobs[key].name}", file=sys.stderr)
+    if signals:
+        print(f"tables.py: stopped by {signal.Signals(signals[0]).name}; the same command goes on from there", file=sys.stderr)
+        return 128 + signals[0]
+    return int(bool(failed))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--data", default="data/toy-{seed}", help="folder of the toy data; made if it is not there (data/toy-{seed})")
-    parser.add_argument("--runs", default="runs/toy-{seed}", help="folder of the runs, one a row (runs/toy-{seed})")
-    parser.add_argument("--cfg", default=f"{HERE}/configs/toy.yaml", help="config that the rows change")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value", help="change keys of all rows")
-    parser.add_argument("--markdown", default="runs/tables.md", help="file for the tables")
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), help="all, unless --sensitivity is given alone")
+    parser.add_argument("--toy", default="small", choices=list(TOYS))
+    parser.add_argument("--seeds", nargs="+", type=int, help=", ".join(f"{k}: {' '.join(map(str, v[2]))}" for k, v in TOYS.items()))
+    parser.add_argument("--knob", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
+                        help="another toy: arguments of toy.py, as near=0.5; its data, runs and results stay apart")
+    parser.add_argument("--sensitivity", action="store_true", help="rows of Table 1 with one knob of the toy turned at a time")
+    parser.add_argument("--sensitivity-seeds", nargs="+", type=int, default=[21, 22, 23])
+    parser.add_argument("--data", help="folder of the toy data, made if it is not there (data/toy-{seed})")
+    parser.add_argument("--runs", help="folder of the runs, one a row (runs/toy-{seed})")
+    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value", help="change config keys of all rows")
+    parser.add_argument("--jobs", type=int, help="rows at once (the number of GPUs; on a CPU the cores, up to 4)")
+    parser.add_argument("--results", default="RESULTS", help="where to write: RESULTS.md, RESULTS.json")
+    parser.add_argument("--notes", default=None, help="Markdown put behind the verdicts (docs/results_notes.md, if it is there)")
+    parser.add_argument("--render", action="store_true", help="only write RESULTS.md from RESULTS.json")
     args = parser.parse_args(argv)
-    rows, folders = in_order([r for t in args.tables for r in TABLES[t][1]]), {}
-    if os.path.isdir(args.markdown) or os.path.exists(args.markdown) and not open(args.markdown, errors="replace").readline().startswith(MARK):
-        sys.exit(f"tables.py: {args.markdown} is there already and not a table of this program: name another file with --markdown")
     try:
-        for seed in args.seeds:
-            data, runs = args.data.format(seed=seed), args.runs.format(seed=seed)
-            done = {name: is_done(args.cfg, name, words_of(name, seed, data, runs) + args.set) for name in rows}
-            if not os.path.exists(f"{data}/annotations.json"):
-                subprocess.run([sys.executable, f"{HERE}/toy.py", "--out", data, "--seed", str(seed)], check=True)
-            for name in rows:
-                folders.setdefault(name, []).append(f"{runs}/{name}")
-                print(f"== seed {seed}, {name}" + ": done already" * done[name], flush=True)
-                if not done[name]:
-                    words = words_of(name, seed, data, runs) + args.set
-                    subprocess.run([sys.executable, f"{HERE}/lofi_tal.py", "--cfg", args.cfg, "--set", *words], check=True)
-        text = "\n".join(table(t, folders) for t in args.tables)
+        results.check_ours(f"{args.results}.md")
+        notes = args.notes or "docs/results_notes.md"
+        if args.notes and not os.path.isfile(notes):
+            raise FileNotFoundError(f"no file {notes} (--notes)")
+        if args.jobs is not None and args.jobs < 1:
+            raise ValueError(f"--jobs {args.jobs}: expected at least 1")
+        plan = Plan(args)
+
+        def text(store):
+            prose = open(notes).read() if os.path.isfile(notes) else None
+            return results.render(store, tables=TABLES, claims=CLAIMS, controls=CONTROLS, memory=MEMORY, settings=SETTINGS, compared=COMPARED, labels=LABELS,
+                                  commands={k: v[4] for k, v in TOYS.items()}, chosen=(plan.label, args.tables or ()), notes=prose)
+        if args.render:
+            if not os.path.exists(f"{args.results}.json"):
+                raise FileNotFoundError(f"no file {args.results}.json to render")
+            results.write(args.results, text)
+            return 0
+        status = work(plan, text)
+        print(f"{args.results}.md written")
+        return status
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"tables.py: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"tables.py: {' '.join(error.cmd[1:])} ended with status {error.returncode}; the same command goes on from there")
-    os.makedirs(os.path.dirname(args.markdown) or ".", exist_ok=True)
-    with open(f"{args.markdown}.part", "w") as f:
-        f.write(f"{MARK}\n{text}")
-    os.replace(f.name, args.markdown)
-    print(text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Records of finished rows in a JSON file, the statistics over their seeds, and the Markdown made of them. tables.py holds the rows, the claims and what runs them.
+
+A record: {"toy", "setting" (null: none), "seed", "row", "hash" (of its config, see `digest`), "words" (of --set), "mAP" {threshold: fraction}, "average", "seconds", "class_source",
+"peak_memory_gb", "parameters" (of what it trained beside its head), "top1", "probe", "device", "machine", "torch", "precision", "threads", "date", "git"}.
+"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import time
+
+import numpy as np
+import torch
+
+import config
+import engine
+import evaluate
+
+MARK = "<!-- made by tables.py -->"
+LEVEL = 0.05  # of every test
+MEASURES = {"average": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 2)}  # factor and decimals to show; "@0.75" is as "average"
+
+
+# ---------------------------------------------------------------- statistics
+
+def student_p(t, df):
+    """Two-sided p-value of Student's t with a whole number of degrees of freedom, in closed form: Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    if df < 1 or df != int(df):
+        raise ValueError(f"{df} degrees of freedom: expected a whole number of at least 1")
+    angle = math.atan2(abs(t), math.sqrt(df))
+    cos, term, total = math.cos(angle), 1.0, 0.0
+    if df % 2:
+        term = math.cos(angle)
+        for k in range(3, df + 1, 2):  # cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...
+            total, term = total + term, term * cos * cos * (k - 1) / k
+        within = 2 / math.pi * (angle + math.sin(angle) * total)
+    else:
+        for k in range(2, df + 1, 2):  # 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...
+            total, term = total + term, term * cos * cos * (k - 1) / k
+        within = math.sin(angle) * total
+    return min(max(1 - within, 0.0), 1.0)
+
+
+def paired_test(differences):
+    """Differences, one a seed -> {"mean", "std", "n", "ahead" (seeds above 0), "p"}: two-sided paired t-test that their mean is 0; None for a single seed.
+
+    All the same, p is 0, or 1 if they are 0: there is no spread to test against."""
+    x = np.asarray(differences, dtype=np.float64)
+    mean, std, p = x.mean().item(), x.std(ddof=1).item() if len(x) > 1 else None, None
+    if std is not None:
+        flat = std <= 1e-12 * max(1.0, np.abs(x).max().item())
+        p = float(abs(mean) <= 1e-12) if flat else student_p(mean / (std / math.sqrt(len(x))), len(x) - 1)
+    return {"mean": mean, "std": std, "n": len(x), "ahead": int((x > 0).sum()), "p": p}
+
+
+def holm(ps, level=LEVEL):
+    """p-values -> which of their hypotheses Holm and Bonferroni's step-down procedure rejects, so that one wrong rejection among all is rarer than `level`."""
+    held, order = [False] * len(ps), sorted(range(len(ps)), key=lambda i: ps[i])
+    for rank, i in enumerate(order):
+        if ps[i] > level / (len(ps) - rank):
+            break
+        held[i] = True
+    return held
+
+
+def verdict(test, words=("reproduced", "not reproduced")):
+    if test["n"] < 3:
+        return "no verdict"
+    return "within noise" if test["p"] >= LEVEL else words[test["mean"] <= 0]
+
+
+# ---------------------------------------------------------------- records
+
+def digest(cfg):
+    """Hash and flat content of a config: without the seed, and the keys that may change between two starts of a run."""
+    flat = {k: v for k, v in json.loads(json.dumps(config.flat(cfg))).items() if k not in config.FREE | {"seed", "out"}}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12], flat
+
+
+def key_of(record):
+    return record["toy"], record["setting"], record["seed"], record["row"]
+
+
+def read(path):
+    """{"records": {key: record}, "configs": {hash: flat config}} of a JSON file, empty if there is none; ValueError if it is not ours."""
+    if not os.path.exists(path):
+        return {"records": {}, "configs": {}}
+    try:
+        with open(path) as f:
+            found = json.load(f)
+        if found["made_by"] == "tables.py":
+            return {"records": {key_of(r): r for r in found["records"]}, "configs": found["configs"]}
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise ValueError(f"{path} is there already and not made by tables.py: name another --results")
+
+
+def check_ours(path):
+    if os.path.isdir(path) or os.path.exists(path) and not open(path, errors="replace").readline().startswith(MARK):
+        raise ValueError(f"{path} is there already and not made by tables.py: name another --results")
+
+
+def write(path, text, record=None, flat=None):
+    """Adds a record to PATH.json and renders PATH.md, text(store), both written aside and renamed. Several programs may add to one file."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check_ours(f"{path}.md")
+        store = read(f"{path}.json")
+        if record:
+            store["records"][key_of(record)], store["configs"][record["hash"]] = record, flat
+            used = {r["hash"] for r in store["records"].values()}
+            engine.save_json({"made_by": "tables.py", "records": list(store["records"].values()),
+                              "configs": {k: v for k, v in store["configs"].items() if k in used}}, f"{path}.json")
+        engine.write_aside(f"{path}.md", lambda f: f.write(text(store).encode()))
+        return store
+    finally:
+        os.close(lock)
+
+
+def load_json(path):
+    if os.path.exists(path):
+        with open(path) as f:
+            return json.load(f)
+
+
+def parameters_of(path, prefix=""):
+    """How many parameters the state dict of a file holds: all but the buffers of BatchNorm and of standardization."""
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
+    return sum(v.numel() for k, v in state.items() if k.startswith(prefix) and k.rsplit(".", 1)[-1] not in buffers)
+
+
+def trained(folder, stages):
+    """(parameters, peak memory in GB or None) of what a run trained beside its head: an encoder, or SoLa's module and predictor."""
+    count = 0
+    if "sola" in stages:
+        whole = f"{folder}/sola/checkpoint.pt"  # has the predictor, too
+        count = parameters_of(whole if os.path.exists(whole) else f"{folder}/sola/sola.pt")
+    elif {"pretrain", "lofi"} & set(stages):
+        count = parameters_of(f"{folder}/{'lofi' if 'lofi' in stages else 'pretrain'}/encoder.pt")
+    logs = [f"{folder}/{s}/metrics.jsonl" for s in ("lofi", "sola")]
+    if os.path.isdir(f"{folder}/pretrain"):
+        logs += [f"{folder}/pretrain/{phase}/metrics.jsonl" for phase in os.listdir(f"{folder}/pretrain")]
+    peaks = [json.loads(line)["peak_memory_gb"] for log in logs if os.path.exists(log) for line in open(log)]
+    return count, max(peaks, default=None)
+
+
+def machine(device):
+    """GPU or CPU of this machine, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(0)
+    name = platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        name = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=(), threads=None):
+    """The record of a finished run."""
+    metrics, versions = load_json(f"{folder}/metrics.json"), load_json(f"{folder}/versions.json") or {}
+    accuracy, probe = load_json(f"{folder}/pretrain/accuracy.json"), load_json(f"{folder}/sola/probe.json")
+    device = versions.get("device", "cpu")
+    parameters, peak = trained(folder, cfg.stages)
+    precision = cfg["precision"] if "precision" in cfg else "auto"
+    return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
+            "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak, "parameters": parameters,
+            "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
+            "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "after")} if probe else None,
+            "device": device, "machine": machine(device), "torch": versions.get("torch"), "threads": threads, "git": versions.get("git"),
+            "precision": ("bfloat16" if device.startswith("cuda") else "float32") if precision == "auto" else precision,
+            "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(f"{folder}/metrics.json")))}
+
+
+# ---------------------------------------------------------------- Markdown
+
+PROBED = {"acp": "sola", "lofi": "lofi_sola"}  # raw features are probed in the run that lands on them
+
+
+def value(rows, row, measure):
+    """A measure of one seed's records {row: record}; None if it is not there."""
+    probed = measure in ("auc", "accuracy")
+    record = rows.get(PROBED.get(row, row) if probed else row)
+    if record is None:
+        return None
+    if probed:
+        return record["probe"]["before" if row in PROBED else "after"][measure] if record["probe"] else None
+    return record["mAP"].get(measure[1:]) if measure[0] == "@" else record["peak_memory_gb" if measure == "memory" else measure]
+
+
+def combine(seeds, weights, measure="average"):
+    """Of every seed that has all that it takes: the weighted sum of a measure of rows. seeds: {seed: {row: record}}."""
+    found = [{row: value(rows, row, measure) for row in weights} for rows in seeds.values()]
+    factor = MEASURES.get(measure, MEASURES["average"])[0]
+    return [factor * sum(weights[row] * x for row, x in one.items()) for one in found if None not in one.values()]
+
+
+def spread(values, decimals=2, sign=""):
+    if not values:
+        return "-"
+    return f"{np.mean(values):{sign}.{decimals}f}" + (f" ± {np.std(values, ddof=1):.{decimals}f}" if len(values) > 1 else "")
+
+
+def judge(seeds, claims, words=("reproduced", "not reproduced")):
+    """[(claim, test, verdict, whether it holds after Holm or None)] of the claims whose rows are there."""
+    found = []
+    for claim in claims:
+        values = combine(seeds, claim[3], claim[4])
+        if values:
+            test = paired_test(values)
+            found.append((claim, test, verdict(test, words)))
+    judged = [test["p"] for _, test, v in found if v != "no verdict"]
+    held = iter(holm(judged))
+    return [(*f, next(held) if f[2] != "no verdict" else None) for f in found]
+
+
+def verdict_table(judged, with_holm=True):
+    lines = []
+    for (name, sentence, paper, _, measure, source), test, verdict, held in judged:
+        decimals = MEASURES.get(measure, MEASURES["average"])[1]
+        ours = f"{test['mean']:+.{decimals}f}" + (f" ± {test['std']:.{decimals}f}" if test["std"] is not None else "")
+        p = "-" if test["p"] is None else "< 0.001" if test["p"] < 0.001 else f"{test['p']:.3f}"
+        lines.append([f"{name}: {sentence}", source, "-" if paper is None else f"{paper:+.2f}", ours, p, f"{test['ahead']} of {test['n']}", f"**{verdict}**",
+                      *(["-" if "reproduced" not in verdict else "yes" if held else "no"] if with_holm else [])])
+    return evaluate._table(["claim", "source", "paper", "here", "p", "seeds ahead", "verdict", *["holds after Holm"] * with_holm], lines)
+
+
+def memory_line(seeds, rows):
+    """(sentence, verdict or None) on whether the low-fidelity configurations need about the same memory."""
+    values = [combine(seeds, {row: 1}, "memory") for row in rows]
+    if not all(values):
+        return None, None
+    means = [np.mean(v) for v in values]
+    ratio, text = max(means) / min(means), " / ".join(f"{m:.2f}" for m in means)
+    sentence = f"S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text} GB, largest / smallest {ratio:.2f}"
+    if not all(s[r]["device"].startswith("cuda") for s in seeds.values() for r in rows if r in s):
+        return sentence + ". Resident memory of CPU processes has the libraries in it: not judged here, see benchmarks/README.md.", None
+    word = "reproduced" if ratio <= 1.2 else "not reproduced"
+    return f"{sentence}, to be at most 1.20: **{word}**.", word
+
+
+def counts_line(judged, memory):
+    verdicts = [j[2] for j in judged] + [memory] * (memory is not None)
+    known = [v for v in verdicts if v != "no verdict"]
+    if not known:
+        return f"None of {len(verdicts)} claims can be judged yet: that takes 3 seeds."
+    line = f"**{known.count('reproduced')} of {len(known)} claims reproduced**, {known.count('within noise')} within noise, {known.count('not reproduced')} not reproduced"
+    held = sum(bool(j[3]) for j in judged if j[2] == "reproduced")
+    return line + f"; {held} of the reproduced still after Holm." + (f" {len(verdicts) - len(known)} have too few seeds." if len(known) < len(verdicts) else "")
+
+
+def table(name, title, rows, seeds):
+    """Markdown of one table. rows: {row: (label, reference row or None, the paper's mAP @0.5, @0.75, @0.95 and average, or None)}."""
+    top1, probe = name in ("1", "7"), name == "sola"
+    lines = []
+    for row, (label, reference, paper) in rows.items():
+        records = [s[row] for s in seeds.values() if row in s]
+        cells = [label, *(spread(combine(seeds, {row: 1}, m)) for m in ("@0.5", "@0.75", "@0.95", "average"))]
+        cells.append(spread(combine(seeds, {row: 1, reference: -1}), sign="+") if reference else "")
+        memory, seconds = ([r[k] for r in records if r[k] is not None] for k in ("peak_memory_gb", "seconds"))
+        cells += [f"{np.mean(seconds):.0f}" if seconds else "-", f"{np.mean(memory):.2f}" if memory else "-", f"{records[0]['parameters'] / 1e6:.2f}" if records else "-"]
+        if top1:
+            accuracy = [r["top1"] for r in records if r["top1"] is not None]
+            cells.append(f"{100 * np.mean(accuracy):.1f}" if accuracy else "")
+        if probe:
+            cells += [spread(combine(seeds, {row: 1}, "accuracy"), 1), spread(combine(seeds, {row: 1}, "auc"), 3)]
+        other = rows.get(reference, (None,) * 3)[2]
+        cells += [len(records), " / ".join(f"{x:.2f}" for x in paper) if paper else "", f"{paper[3] - other[3]:+.2f}" if paper and other else ""]
+        lines.append(cells)
+    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "seconds", "peak GB", "trained M", *["clips top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
+              "seeds", "paper: @0.5 / 0.75 / 0.95 / average", "over its ACP"]
+    used = [r for s in seeds.values() for k, r in s.items() if k in rows]
+    below = f"Classes from the {', '.join(sorted({r['class_source'] for r in used}))}."
+    if any(not r["device"].startswith("cuda") for r in used):
+        below += " Peak memory on a CPU is the process's resident memory, libraries and data included."
+    return f"### Table {name}: {title}\n\n{evaluate._table(header, lines)}\n\n{below}"
+
+
+def sensitivity(records, toy, rows, labels, settings):
+    """Markdown of the settings that have records, None if there are none. rows: the four compared; labels: their names."""
+    seeds = sorted({r["seed"] for r in records if r["toy"] == toy and r["setting"]})
+    lines = []
+    for setting in [None, *settings]:
+        found = {s: {r["row"]: r for r in records if key_of(r)[:3] == (toy, setting, s)} for s in seeds}
+        values = {row: combine(found, {row: 1}) for row in rows}
+        if seeds and any(values.values()):
+            gains = [spread(combine(found, {"lofi": 1, row: -1}), sign="+") for row in ("acp_plus", "acp_plus_background")]
+            order = sorted((r for r in rows if values[r]), key=lambda r: -np.mean(values[r]))
+            lines.append([setting or "as it is", *map(spread, values.values()), *gains, " > ".join(labels[r] for r in order), max(map(len, values.values()))])
+    if lines:
+        return evaluate._table(["average mAP (%)", *(labels[r] for r in rows), *(f"LoFi - {labels[r]}" for r in ("acp_plus", "acp_plus_background")), "order", "seeds"], lines)
+
+
+def several(values):
+    return ", ".join(sorted({str(v) for v in values if v is not None})) or "unknown"
+
+
+def made_on(records):
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in records if not r["setting"]}))) or "none but those of the sensitivity"
+    lines = [f"Seeds {seeds}; {len(records)} runs, {several(r['date'] for r in records)}; commit {several(r['git'] for r in records)}."]
+    for name in sorted({r["machine"] for r in records}):
+        own = [r for r in records if r["machine"] == name]
+        lines.append(f"Machine: {name}; torch {several(r['torch'] for r in own)}; {several(r['precision'] for r in own)}"
+                     + (f"; threads a run: {several(r['threads'] for r in own)}" if any(r["threads"] for r in own) else "") + f" ({len(own)} runs).")
+    return "\n".join(lines)
+
+
+def render(store, *, tables, claims, controls, memory, settings, compared, labels, commands, chosen=(), notes=None):
+    """The whole Markdown, from records alone. chosen: (toy, tables that are shown though they are unfinished); notes: Markdown put behind the verdicts."""
+    records = list(store["records"].values())
+    toys = sorted({r["toy"] for r in records}, key=lambda t: ([*commands, t.split()[0]].index(t.split()[0]), t))
+    out = [MARK, "# The papers' tables in miniature", "Every claim of LoFi (NeurIPS 2021) and SoLa (CVPR 2023) that can be checked without their data, checked on toy data. "
+           "This is not ActivityNet: **the order of the rows can be compared, their height cannot.** Differences are in points of average mAP (%), or of what the claim names; "
+           "\"paper\" is ActivityNet-1.3.",
+           "How a claim is judged: each seed draws data, encoders and heads anew. A two-sided paired t-test over seeds asks whether the difference is 0. *Reproduced*: "
+           "the claimed direction and p < 0.05. *Not reproduced*: the other direction and p < 0.05. *Within noise*: neither. *No verdict*: fewer than 3 seeds. "
+           "Claims are tested one by one; the last column says whether the verdict also holds when all are tested at once (Holm-Bonferroni at 0.05)."]
+    for toy in toys:
+        mine = [r for r in records if r["toy"] == toy]
+        seeds = {s: {r["row"]: r for r in mine if r["seed"] == s and not r["setting"]} for s in sorted({r["seed"] for r in mine})}
+        command = commands.get(toy.split()[0], "python tables.py") + (f" --knob {shlex.join(toy.split()[1:])}" if " " in toy else "")
+        if any(r.get("words") for r in mine):
+            command += " --set " + shlex.join(dict.fromkeys(w for r in mine for w in r.get("words", ())))
+        if any(r["setting"] for r in mine):
+            command += f"`, then `{command} --sensitivity"
+        out += [f"## Toy \"{toy}\"", f"Made by `{command}`.\n{made_on(mine)}"]
+        judged, (words, word) = judge(seeds, claims), memory_line(seeds, memory)
+        if judged:
+            out.append(verdict_table(judged))
+        out += [words] * bool(words) + [counts_line(judged, word)] * bool(judged or word)
+        if notes and toy == toys[0]:
+            out.append(notes.strip())
+        other = judge(seeds, controls, ("higher", "lower"))
+        if other:
+            out += ["### Controls: claimed by nobody, direction open", verdict_table(other, with_holm=False)]
+        for name, (title, rows) in tables.items():
+            here = {row for s in seeds.values() for row in s}
+            if set(rows) <= here or chosen and toy == chosen[0] and name in chosen[1]:
+                out.append(table(name, title, rows, seeds))
+        found = sensitivity(mine, toy, compared, labels, settings)
+        if found:
+            out += ["### Sensitivity to the toy's knobs", found,
+                    "Each line changes one knob; all share the ACP encoder of their seed. With another number of training videos the validation videos are others, too."]
+    out += ["## What to keep in mind", "\n".join([
+        "- The recipe is the papers', its sizes are not: small networks, short videos, a few hundred of them, other learning rates and numbers of epochs (see the configs).",
+        "- The toy and its recipe were designed on seeds 0, 1 and 2: other seeds decide.",
+        "- Classes come from the run's own video classifier unless a table says otherwise; the papers take them from an external one.",
+        "- \"seconds\" is all that a row's result took: its encoder and what that was made from, features, head, detection. Rows that run side by side slow each other down.",
+        "- \"trained M\": parameters (millions) of the encoder or of SoLa that the row itself trained; the head is not counted. 0: it trained a head only.",
+        "- Peak memory is measured while the encoder or SoLa trained. Measured GPU memory by fidelity: benchmarks/README.md.",
+        "- With few seeds a true difference can stay within noise; with many claims one in twenty is significant by chance. Holm's column guards against the latter."])]
+    return "\n\n".join(out) + "\n"
