@@ -100,8 +100,8 @@ def test_default_jobs_start_with_all_seeds_of_the_first_table():
     assert keys.index((None, 25, "lofi")) < keys.index((None, 21, "s")) < keys.index((None, 21, "arrow"))
     knob = tables.Plan(arguments(knob=["near=0.5", "amplitude=[0.2,0.3]"]))
     assert (knob.data, knob.label) == ("data/toy-{seed}-amplitude0.2_0.3-near0.5", "small amplitude=[0.2,0.3] near=0.5")
-    command = knob.command(knob.jobs[None, 11, "data"])
-    assert command[2:] == ["--out", "data/toy-11-amplitude0.2_0.3-near0.5", "--seed", "11", "--near", "0.5", "--amplitude", "0.2", "0.3"]
+    command = knob.command(knob.jobs[None, 21, "data"])
+    assert command[2:] == ["--out", "data/toy-21-amplitude0.2_0.3-near0.5", "--seed", "21", "--near", "0.5", "--amplitude", "0.2", "0.3"]
     with pytest.raises(ValueError, match="--knob nearr: expected .*near"):
         tables.Plan(arguments(knob=["nearr=0.5"]))
 
