@@ -7,6 +7,7 @@
 2. The whole training step (loader, encoder, head, targets, losses, optimizer) against the bare encoder's forward and backward of the same frames.
 3. The TSM encoder against the same network without shift, forward and backward: time, and memory held for the backward pass; also a plain shift
    that leaves a shifted copy of the activations behind.
+4. The same encoder in bfloat16 against float32 (config key precision), forward and backward.
 """
 import argparse
 import json
@@ -156,6 +157,13 @@ def main():
     print("\n3. encoder, forward and backward\n| | seconds | of no shift | MB held | of no shift |\n|---|--:|--:|--:|--:|")
     for name, t, m in zip(("TSM", "no shift", "TSM, plain shift"), times, held):
         print(f"| {name} | {t:.3f} | {t / times[1]:.3f} | {m:.1f} | {m / held[1]:.3f} |")
+
+    def at(precision):
+        with engine.autocast(DEVICE, precision):
+            out = ours(frames)
+        out.sum().backward()
+    full, half = median_times(partial(at, "float32"), partial(at, "bfloat16"), runs=args.runs)
+    print(f"\n4. encoder, forward and backward: float32 {full:.3f} s, bfloat16 {half:.3f} s; float32 / bfloat16 {full / half:.2f}")
 
 
 if __name__ == "__main__":
