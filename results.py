@@ -1,7 +1,7 @@
 """Records of finished rows in a JSON file, the statistics over their seeds, and the Markdown made of them. tables.py holds the rows, the claims and what runs them.
 
 A record: {"toy", "setting" (null: none), "seed", "row", "hash" (of its config, see `digest`), "words" (of --set), "mAP" {threshold: fraction}, "average", "seconds", "class_source",
-"peak_memory_gb", "parameters" (of what it trained beside its head), "top1", "probe", "device", "machine", "torch", "precision", "threads", "date", "git"}.
+"peak_memory_gb" (of a CPU process above an idle one, "idle_memory_gb"), "parameters" (of what it trained beside its head), "top1", "probe", "device", "machine", "torch", "precision", "threads", "date", "git"}.
 """
 import fcntl
 import hashlib
@@ -10,7 +10,10 @@ import math
 import os
 import platform
 import shlex
+import subprocess
+import sys
 import time
+from functools import cache
 
 import numpy as np
 import torch
@@ -161,15 +164,23 @@ def machine(device):
     return f"{name}, {os.cpu_count()} cores"
 
 
+@cache
+def idle_memory_gb():
+    """Resident memory of a process on this machine that has loaded all libraries and trains nothing: it is in the peak of every CPU run."""
+    code = "import torch, lofi_tal, engine; torch.ones(64, 64) @ torch.ones(64, 64); print(engine.peak_memory_gb(torch.device('cpu')))"
+    return float(subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.abspath(__file__)), check=True, capture_output=True, text=True).stdout)
+
+
 def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=(), threads=None):
     """The record of a finished run."""
     metrics, versions = load_json(f"{folder}/metrics.json"), load_json(f"{folder}/versions.json") or {}
     accuracy, probe = load_json(f"{folder}/pretrain/accuracy.json"), load_json(f"{folder}/sola/probe.json")
     device = versions.get("device", "cpu")
     parameters, peak = trained(folder, cfg.stages)
+    idle = 0.0 if device.startswith("cuda") else idle_memory_gb()
     precision = cfg["precision"] if "precision" in cfg else "auto"
     return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
-            "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak, "parameters": parameters,
+            "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
             "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
             "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "after")} if probe else None,
             "device": device, "machine": machine(device), "torch": versions.get("torch"), "threads": threads, "git": versions.get("git"),
@@ -238,8 +249,6 @@ def memory_line(seeds, rows):
     means = [np.mean(v) for v in values]
     ratio, text = max(means) / min(means), " / ".join(f"{m:.2f}" for m in means)
     sentence = f"S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text} GB, largest / smallest {ratio:.2f}"
-    if not all(s[r]["device"].startswith("cuda") for s in seeds.values() for r in rows if r in s):
-        return sentence + ". Resident memory of CPU processes has the libraries in it: not judged here, see benchmarks/README.md.", None
     word = "reproduced" if ratio <= 1.2 else "not reproduced"
     return f"{sentence}, to be at most 1.20: **{word}**.", word
 
@@ -277,7 +286,7 @@ def table(name, title, rows, seeds):
     used = [r for s in seeds.values() for k, r in s.items() if k in rows]
     below = f"Classes from the {', '.join(sorted({r['class_source'] for r in used}))}."
     if any(not r["device"].startswith("cuda") for r in used):
-        below += " Peak memory on a CPU is the process's resident memory, libraries and data included."
+        below += " Peak memory on a CPU: resident memory above that of a process that has loaded the libraries and trains nothing."
     return f"### Table {name}: {title}\n\n{evaluate._table(header, lines)}\n\n{below}"
 
 
@@ -352,6 +361,6 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
         "- Classes come from the run's own video classifier unless a table says otherwise; the papers take them from an external one.",
         "- \"seconds\" is all that a row's result took: its encoder and what that was made from, features, head, detection. Rows that run side by side slow each other down.",
         "- \"trained M\": parameters (millions) of the encoder or of SoLa that the row itself trained; the head is not counted. 0: it trained a head only.",
-        "- Peak memory is measured while the encoder or SoLa trained. Measured GPU memory by fidelity: benchmarks/README.md.",
+        "- Peak memory is measured while the encoder or SoLa trained, batch, head and optimizer included. Memory of one video's step at larger sizes: benchmarks/README.md.",
         "- With few seeds a true difference can stay within noise; with many claims one in twenty is significant by chance. Holm's column guards against the latter."])]
     return "\n\n".join(out) + "\n"
