@@ -164,6 +164,12 @@ def about(cfg):
     return {"config": json.loads(json.dumps(cfg)), "git": git or None}
 
 
+def saved(folder):
+    """The config of a run folder, as plain data; a key that is newer than the run has the value that the run had without it."""
+    with open(f"{folder}/config.json") as f:
+        return {"precision": "auto"} | json.load(f)
+
+
 def open_run(cfg, write_json, main=True, **facts):
     """Checks that the folder cfg.out was begun with this very config, or begins it: config.json, and versions.json with `facts`.
 
@@ -171,8 +177,7 @@ def open_run(cfg, write_json, main=True, **facts):
     """
     path = f"{cfg.out}/config.json"
     if os.path.exists(path) and any(not f.startswith(("config.json", "versions.json")) for f in os.listdir(cfg.out)):  # else nothing came of it yet
-        with open(path) as f:
-            old = {"precision": "auto"} | json.load(f)  # runs of before that key
+        old = saved(cfg["out"])
         differ = differences(old, cfg)
         if differ:
             raise ValueError(f"{cfg.out} was begun with another config:\n" + "\n".join(differ)

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import sys
@@ -203,6 +204,16 @@ def _worker(_):
     for s in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group: the main process decides, and ends its workers
         signal.signal(s, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def machine_of(device):
+    """GPU or CPU of a device on this machine, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        name = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")

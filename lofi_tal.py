@@ -272,7 +272,7 @@ def main(argv=None):
                 dry_run_phase(build_encoder(cfg), phase, options_of(cfg.pretrain, phase), size=cfg.data.size, process=process)
             dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss, process=process)
         else:
-            config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), processes=process.world)
+            config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), machine=engine.machine_of(process.device), threads=torch.get_num_threads(), processes=process.world)
             took = []
             for name in [s for s in STAGES if s in cfg.stages]:
                 engine.barrier(process)

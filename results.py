@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import evaluate
 
 MARK = "<!-- made by tables.py -->"
 LEVEL = 0.05  # of every test
-MEASURES = {"average": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 2)}  # factor and decimals to show; "@0.75" is as "average"
+MEASURES = {"average": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 3)}  # factor and decimals to show; "@0.75" is as "average"
 
 
 # ---------------------------------------------------------------- statistics
@@ -77,9 +76,9 @@ def verdict(test, words=("reproduced", "not reproduced")):
 
 # ---------------------------------------------------------------- records
 
-def digest(cfg):
-    """Hash and flat content of a config: without the seed, and the keys that may change between two starts of a run."""
-    flat = {k: v for k, v in json.loads(json.dumps(config.flat(cfg))).items() if k not in config.FREE | {"seed", "out"}}
+def digest(cfg, **more):
+    """Hash and flat content of a config and of `more` that a result hangs on: without the seed, and the keys that may change between two starts of a run."""
+    flat = {k: v for k, v in json.loads(json.dumps(config.flat(cfg) | more)).items() if k not in config.FREE | {"seed", "out"}}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12], flat
 
 
@@ -110,7 +109,7 @@ def write(path, text, record=None, flat=None):
     """Adds a record to PATH.json and renders PATH.md, text(store), both written aside and renamed. Several programs may add to one file."""
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(f"{folder}/.{os.path.basename(path)}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         check_ours(f"{path}.md")
@@ -132,11 +131,11 @@ def load_json(path):
             return json.load(f)
 
 
-def parameters_of(path, prefix=""):
+def parameters_of(path):
     """How many parameters the state dict of a file holds: all but the buffers of BatchNorm and of standardization."""
     state = torch.load(path, map_location="cpu", weights_only=True)["model"]
     buffers = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
-    return sum(v.numel() for k, v in state.items() if k.startswith(prefix) and k.rsplit(".", 1)[-1] not in buffers)
+    return sum(v.numel() for k, v in state.items() if k.rsplit(".", 1)[-1] not in buffers)
 
 
 def trained(folder, stages):
@@ -154,14 +153,9 @@ def trained(folder, stages):
     return count, max(peaks, default=None)
 
 
-def machine(device):
-    """GPU or CPU of this machine, in words."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(0)
-    name = platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        name = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+def precision_of(cfg, cuda):
+    """What the config key means on a GPU or on a CPU: see engine.autocast."""
+    return ("bfloat16" if cuda else "float32") if cfg.precision == "auto" else cfg.precision
 
 
 @cache
@@ -171,20 +165,19 @@ def idle_memory_gb():
     return float(subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.abspath(__file__)), check=True, capture_output=True, text=True).stdout)
 
 
-def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=(), threads=None):
+def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=()):
     """The record of a finished run."""
     metrics, versions = load_json(f"{folder}/metrics.json"), load_json(f"{folder}/versions.json") or {}
     accuracy, probe = load_json(f"{folder}/pretrain/accuracy.json"), load_json(f"{folder}/sola/probe.json")
     device = versions.get("device", "cpu")
     parameters, peak = trained(folder, cfg.stages)
     idle = 0.0 if device.startswith("cuda") else idle_memory_gb()
-    precision = cfg["precision"] if "precision" in cfg else "auto"
     return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
             "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
             "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
             "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "after")} if probe else None,
-            "device": device, "machine": machine(device), "torch": versions.get("torch"), "threads": threads, "git": versions.get("git"),
-            "precision": ("bfloat16" if device.startswith("cuda") else "float32") if precision == "auto" else precision,
+            "device": device, "machine": versions.get("machine"), "torch": versions.get("torch"), "threads": versions.get("threads"), "git": versions.get("git"),
+            "precision": precision_of(cfg, device.startswith("cuda")),
             "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(f"{folder}/metrics.json")))}
 
 
@@ -242,28 +235,33 @@ def verdict_table(judged, with_holm=True):
 
 
 def memory_line(seeds, rows):
-    """(sentence, verdict or None) on whether the low-fidelity configurations need about the same memory."""
+    """Whether the low-fidelity configurations need about the same memory; None before 3 seeds have all of them."""
     values = [combine(seeds, {row: 1}, "memory") for row in rows]
-    if not all(values):
-        return None, None
+    if min(map(len, values)) < 3:
+        return None
     means = [np.mean(v) for v in values]
     ratio, text = max(means) / min(means), " / ".join(f"{m:.2f}" for m in means)
     sentence = f"S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text} GB, largest / smallest {ratio:.2f}"
     word = "reproduced" if ratio <= 1.2 else "not reproduced"
-    return f"{sentence}, to be at most 1.20: **{word}**.", word
+    return f"{sentence}, to be at most 1.20: **{word}**."
 
 
-def counts_line(judged, memory):
-    verdicts = [j[2] for j in judged] + [memory] * (memory is not None)
-    known = [v for v in verdicts if v != "no verdict"]
-    if not known:
-        return f"None of {len(verdicts)} claims can be judged yet: that takes 3 seeds."
-    line = f"**{known.count('reproduced')} of {len(known)} claims reproduced**, {known.count('within noise')} within noise, {known.count('not reproduced')} not reproduced"
+def counts_line(judged, claims):
+    """How many of all claims came out how; those without rows or with too few seeds are named."""
+    known = {j[0][0]: j[2] for j in judged if j[2] != "no verdict"}
+    verdicts, open_ones = list(known.values()), [c[0] for c in claims if c[0] not in known]
     held = sum(bool(j[3]) for j in judged if j[2] == "reproduced")
-    return line + f"; {held} of the reproduced still after Holm." + (f" {len(verdicts) - len(known)} have too few seeds." if len(known) < len(verdicts) else "")
+    line = f"**Of {len(claims)} claims {verdicts.count('reproduced')} reproduced** ({held} of them still after Holm), {verdicts.count('within noise')} within noise, "
+    return line + f"{verdicts.count('not reproduced')} not reproduced" + (f"; {len(open_ones)} not judged yet ({', '.join(open_ones)})." if open_ones else ".")
 
 
-def table(name, title, rows, seeds):
+def peak_of(rows, row, needs):
+    """Peak memory of all that one seed's row took: its own training, and that of the encoders that it goes on from. needs: {row: [rows]}."""
+    known = [rows[r]["peak_memory_gb"] for r in (row, *needs[row]) if r in rows] + [peak_of(rows, r, needs) for r in needs[row]]
+    return max((x for x in known if x is not None), default=None)
+
+
+def table(name, title, rows, seeds, needs):
     """Markdown of one table. rows: {row: (label, reference row or None, the paper's mAP @0.5, @0.75, @0.95 and average, or None)}."""
     top1, probe = name in ("1", "7"), name == "sola"
     lines = []
@@ -271,7 +269,7 @@ def table(name, title, rows, seeds):
         records = [s[row] for s in seeds.values() if row in s]
         cells = [label, *(spread(combine(seeds, {row: 1}, m)) for m in ("@0.5", "@0.75", "@0.95", "average"))]
         cells.append(spread(combine(seeds, {row: 1, reference: -1}), sign="+") if reference else "")
-        memory, seconds = ([r[k] for r in records if r[k] is not None] for k in ("peak_memory_gb", "seconds"))
+        seconds, memory = [r["seconds"] for r in records], [peak for peak in (peak_of(s, row, needs) for s in seeds.values() if row in s) if peak is not None]
         cells += [f"{np.mean(seconds):.0f}" if seconds else "-", f"{np.mean(memory):.2f}" if memory else "-", f"{records[0]['parameters'] / 1e6:.2f}" if records else "-"]
         if top1:
             accuracy = [r["top1"] for r in records if r["top1"] is not None]
@@ -281,28 +279,32 @@ def table(name, title, rows, seeds):
         other = rows.get(reference, (None,) * 3)[2]
         cells += [len(records), " / ".join(f"{x:.2f}" for x in paper) if paper else "", f"{paper[3] - other[3]:+.2f}" if paper and other else ""]
         lines.append(cells)
-    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "seconds", "peak GB", "trained M", *["clips top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
+    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "seconds", "peak GB", "trained M", *["own top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
               "seeds", "paper: @0.5 / 0.75 / 0.95 / average", "over its ACP"]
     used = [r for s in seeds.values() for k, r in s.items() if k in rows]
-    below = f"Classes from the {', '.join(sorted({r['class_source'] for r in used}))}."
+    below = f"Classes from the {', '.join(sorted({r['class_source'] for r in used}))}." if used else ""
+    if top1:
+        below += " Own top-1: accuracy (%) of the encoder on held-out clips of its own task (ICP: 24 kinds of stills; Arrow, Speed: 2 ways to play a clip), which differs from row to row."
     if any(not r["device"].startswith("cuda") for r in used):
         below += " Peak memory on a CPU: resident memory above that of a process that has loaded the libraries and trains nothing."
     return f"### Table {name}: {title}\n\n{evaluate._table(header, lines)}\n\n{below}"
 
 
 def sensitivity(records, toy, rows, labels, settings):
-    """Markdown of the settings that have records, None if there are none. rows: the four compared; labels: their names."""
+    """Markdown of the settings of which a seed has all rows, None if there are none. rows: the four compared; labels: their names."""
     seeds = sorted({r["seed"] for r in records if r["toy"] == toy and r["setting"]})
     lines = []
     for setting in [None, *settings]:
         found = {s: {r["row"]: r for r in records if key_of(r)[:3] == (toy, setting, s)} for s in seeds}
-        values = {row: combine(found, {row: 1}) for row in rows}
-        if seeds and any(values.values()):
+        found = {s: own for s, own in found.items() if own.keys() >= set(rows)}
+        if found:
+            values = {row: combine(found, {row: 1}) for row in rows}
             gains = [spread(combine(found, {"lofi": 1, row: -1}), sign="+") for row in ("acp_plus", "acp_plus_background")]
-            order = sorted((r for r in rows if values[r]), key=lambda r: -np.mean(values[r]))
-            lines.append([setting or "as it is", *map(spread, values.values()), *gains, " > ".join(labels[r] for r in order), max(map(len, values.values()))])
+            order = sorted(rows, key=lambda r: -np.mean(values[r]))
+            same = sum(sorted(rows, key=lambda r: -own[r]["average"]) == order for own in found.values())
+            lines.append([setting or "as it is", *map(spread, values.values()), *gains, " > ".join(labels[r] for r in order), f"{same} of {len(found)}"])
     if lines:
-        return evaluate._table(["average mAP (%)", *(labels[r] for r in rows), *(f"LoFi - {labels[r]}" for r in ("acp_plus", "acp_plus_background")), "order", "seeds"], lines)
+        return evaluate._table(["average mAP (%)", *(labels[r] for r in rows), *(f"LoFi - {labels[r]}" for r in ("acp_plus", "acp_plus_background")), "order of the means", "seeds in that order"], lines)
 
 
 def several(values):
@@ -319,13 +321,14 @@ def made_on(records):
     return "\n".join(lines)
 
 
-def render(store, *, tables, claims, controls, memory, settings, compared, labels, commands, chosen=(), notes=None):
-    """The whole Markdown, from records alone. chosen: (toy, tables that are shown though they are unfinished); notes: Markdown put behind the verdicts."""
+def render(store, *, tables, claims, controls, memory, settings, compared, labels, commands, needs, design=(), chosen=(), notes=None):
+    """The whole Markdown, from records alone. needs: {row: rows that it goes on from}; design: seeds that were looked at while the toy was made; chosen: (toy, tables that
+    are shown though they are empty); notes: Markdown put behind the verdicts."""
     records = list(store["records"].values())
     toys = sorted({r["toy"] for r in records}, key=lambda t: ([*commands, t.split()[0]].index(t.split()[0]), t))
     out = [MARK, "# The papers' tables in miniature", "Every claim of LoFi (NeurIPS 2021) and SoLa (CVPR 2023) that can be checked without their data, checked on toy data. "
            "This is not ActivityNet: **the order of the rows can be compared, their height cannot.** Differences are in points of average mAP (%), or of what the claim names; "
-           "\"paper\" is ActivityNet-1.3.",
+           "± is the standard deviation over seeds; \"paper\" is ActivityNet-1.3, \"-\" where the paper, or the part of it at hand, has no number.",
            "How a claim is judged: each seed draws data, encoders and heads anew. A two-sided paired t-test over seeds asks whether the difference is 0. *Reproduced*: "
            "the claimed direction and p < 0.05. *Not reproduced*: the other direction and p < 0.05. *Within noise*: neither. *No verdict*: fewer than 3 seeds. "
            "Claims are tested one by one; the last column says whether the verdict also holds when all are tested at once (Holm-Bonferroni at 0.05)."]
@@ -338,29 +341,33 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
         if any(r["setting"] for r in mine):
             command += f"`, then `{command} --sensitivity"
         out += [f"## Toy \"{toy}\"", f"Made by `{command}`.\n{made_on(mine)}"]
-        judged, (words, word) = judge(seeds, claims), memory_line(seeds, memory)
+        judged, line = judge(seeds, claims), memory_line(seeds, memory)
         if judged:
-            out.append(verdict_table(judged))
-        out += [words] * bool(words) + [counts_line(judged, word)] * bool(judged or word)
+            out += [counts_line(judged, claims), verdict_table(judged)]
+        out += [line] * bool(line)
         if notes and toy == toys[0]:
             out.append(notes.strip())
         other = judge(seeds, controls, ("higher", "lower"))
         if other:
             out += ["### Controls: claimed by nobody, direction open", verdict_table(other, with_holm=False)]
+        here = {row for s in seeds.values() for row in s}
         for name, (title, rows) in tables.items():
-            here = {row for s in seeds.values() for row in s}
-            if set(rows) <= here or chosen and toy == chosen[0] and name in chosen[1]:
-                out.append(table(name, title, rows, seeds))
+            own = set(rows) - {row for other, (_, others) in tables.items() if other != name for row in others}
+            if own & here or chosen and toy == chosen[0] and name in chosen[1]:
+                out.append(table(name, title, rows, seeds, needs))
         found = sensitivity(mine, toy, compared, labels, settings)
         if found:
             out += ["### Sensitivity to the toy's knobs", found,
                     "Each line changes one knob; all share the ACP encoder of their seed. With another number of training videos the validation videos are others, too."]
     out += ["## What to keep in mind", "\n".join([
-        "- The recipe is the papers', its sizes are not: small networks, short videos, a few hundred of them, other learning rates and numbers of epochs (see the configs).",
-        "- The toy and its recipe were designed on seeds 0, 1 and 2: other seeds decide.",
+        "- The method is the papers', sizes and lengths of training are not: small networks, short videos, a few hundred of them. What departs from LoFi's recipe beyond that (optimizer, "
+        "class loss in stage lofi) stands in the toy's config, with the reason.",
+        f"- The toy and its recipe were made on seeds {several(design)}" + (", some of which are among these: other seeds decide." if {r["seed"] for r in records} & set(design) else
+                                                                          ", which are not among these."),
+        "- Not checked here, as they need the real data sets: LoFi's Tables 3 and 4 (state of the art), all columns on HACS, supplementary Table B; SoLa's tables.",
         "- Classes come from the run's own video classifier unless a table says otherwise; the papers take them from an external one.",
         "- \"seconds\" is all that a row's result took: its encoder and what that was made from, features, head, detection. Rows that run side by side slow each other down.",
         "- \"trained M\": parameters (millions) of the encoder or of SoLa that the row itself trained; the head is not counted. 0: it trained a head only.",
-        "- Peak memory is measured while the encoder or SoLa trained, batch, head and optimizer included. Memory of one video's step at larger sizes: benchmarks/README.md.",
+        "- Peak memory is that of training a row's encoder, the encoder that it goes on from, or SoLa, whichever took most: batch, head and optimizer included. Memory of one video's step at larger sizes: benchmarks/README.md.",
         "- With few seeds a true difference can stay within noise; with many claims one in twenty is significant by chance. Holm's column guards against the latter."])]
     return "\n\n".join(out) + "\n"

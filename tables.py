@@ -59,6 +59,8 @@ ROWS = {
     "bmn_lofi": (["acp"], [ACP, "tal_head=bmn"]),
 }
 
+NEEDS = {row: rows for row, (rows, _) in ROWS.items()}
+
 R18, LOFI, TLOFI = (49.64, 34.16, 7.68, 33.59), (50.68, 35.16, 8.16, 34.49), (50.28, 35.21, 8.09, 34.32)
 # table: (title, {row: (its name there, the row its gain is over, the paper's mAP on ActivityNet-1.3 @0.5, @0.75, @0.95 and average; None where there is none)})
 TABLES = {
@@ -110,6 +112,7 @@ CLAIMS = [
     ("A.1", "LoFi over ACP with BMN", None, {"bmn_lofi": 1, "bmn_acp": -1}, "average", "LoFi, suppl. Table A"),
     ("sola.1", "SoLa over raw features, AUC of the linear probe", None, {"sola": 1, "acp": -1}, "auc", "SoLa"),
     ("sola.2", "SoLa over raw features, mAP", None, {"sola": 1, "acp": -1}, "average", "SoLa"),
+    ("sola.3", "SoLa trains in less memory than LoFi end to end: GB saved", None, {"lofi": 1, "sola": -1}, "memory", "SoLa"),
 ]
 CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the labels of background alone can bring
     ("C.1", "LoFi over ACP+ with background", None, {"lofi": 1, "acp_plus_background": -1}, "average", "control"),
@@ -117,6 +120,8 @@ CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the la
     ("C.3", "full fidelity over LoFi: what low fidelity loses", None, {"full": 1, "lofi": -1}, "average", "control"),
 ]
 MEMORY = ("s", "t", "st")  # claimed to need about the same
+
+DESIGN_SEEDS = (0, 1, 2, 7, 11, 12)  # looked at while the toy and its recipe were made
 
 # name: (config, arguments of toy.make_toy beside its defaults, seeds, folder name, the command that makes its results)
 TOYS = {
@@ -194,7 +199,7 @@ class Plan:
         for key in (*self.knobs, *(k for knobs, _ in SETTINGS.values() for k in knobs)):
             if key not in self.defaults or key in ("seed", "workers"):
                 raise ValueError(f"--knob {key}: expected {', '.join(k for k in self.defaults if k not in ('seed', 'workers'))}")
-        self.arguments = arguments | self.knobs
+        self.arguments, self.gpus = arguments | self.knobs, gpus_of(config.load(self.cfg, self.set))
         values = [f"{k}={json.dumps(v, separators=(',', ':'))}" for k, v in sorted(self.knobs.items())]
         self.label = " ".join([args.toy, *values])
         folder = "-".join([folder, *("".join(c for c in v.replace(",", "_") if c not in "=[]") for v in values)])
@@ -229,14 +234,17 @@ class Plan:
         return config.load(self.cfg, self.words(job))
 
     def digest(self, job):
-        """Hash and content of a row's config with folders by their role: the same for each seed."""
+        """Hash and content of all that a row's result hangs on but its seed: config, with folders by their role, precision and the toy."""
         if (job.setting, job.row) not in self.digests:
             words = words_of(job.row, 0, "DATA", "RUNS", "ACP" if job.setting else "RUNS", self.quarter, job.setting) + self.set
-            self.digests[job.setting, job.row] = results.digest(config.load(self.cfg, words))
+            cfg = config.load(self.cfg, words)
+            drawn = {f"toy.{k}": v for k, v in (self.defaults | self.toy_arguments(job) | {"version": toy.VERSION}).items() if k not in ("seed", "workers")}
+            self.digests[job.setting, job.row] = results.digest(cfg, **drawn, precision=results.precision_of(cfg, bool(self.gpus)))
         return self.digests[job.setting, job.row]
 
     def toy_arguments(self, job):
-        own = {k: type(self.defaults[k])(self.defaults[k] * float(v[1:])) if isinstance(v, str) else v for k, v in SETTINGS[job.setting][0].items()} if job.setting else {}
+        base = self.defaults | self.arguments
+        own = {k: type(base[k])(base[k] * float(v[1:])) if isinstance(v, str) else v for k, v in SETTINGS[job.setting][0].items()} if job.setting else {}
         return self.arguments | own | ({"clips": 1, "stills": 1} if job.setting else {})
 
     def command(self, job):
@@ -248,21 +256,23 @@ class Plan:
 
 def look(plan, store):
     """(keys of the jobs that have to run, jobs that are done but not in the records yet). ValueError where something else is there than is asked for."""
-    ready, recorded, unrecorded = set(), set(), []
+    ready, recorded, unrecorded, hashes = set(), set(), [], {}
+    for r in store["records"].values():
+        if r["toy"] == plan.label:
+            hashes.setdefault((r["setting"], r["row"]), set()).add(r["hash"])
     for key, job in plan.jobs.items():
         if job.row == "data":
             continue
         digest, flat = plan.digest(job)
         record, out = store["records"].get((plan.label, *key)), f"{job.runs}/{job.row}"
-        if record and record["hash"] != digest:
-            old = store["configs"].get(record["hash"], {})
+        if other := hashes.get((job.setting, job.row), set()) - {digest}:  # of any seed: they all go into one mean
+            old = store["configs"].get(other.pop(), {})
             differ = [f"  {k}: {old.get(k)!r} there, {flat.get(k)!r} now" for k in sorted(old.keys() | flat.keys()) if old.get(k) != flat.get(k)]
-            raise ValueError(f"{plan.args.results}.json holds another {job.name} of toy {plan.label}:\n" + "\n".join(differ) + "\nname another --results (and --runs)")
+            raise ValueError(f"{plan.args.results}.json holds another {job.row} of toy {plan.label}:\n" + "\n".join(differ) + "\nname another --results (and --runs)")
         if record:
             recorded.add(key)
         if os.path.exists(f"{out}/metrics.json"):
-            with open(f"{out}/config.json") as f:
-                differ = config.differences({"precision": "auto"} | json.load(f), plan.config(job))  # runs of before that key
+            differ = config.differences(config.saved(out), plan.config(job))
             if differ:
                 raise ValueError(f"{out} holds another row {job.row} than this one:\n" + "\n".join(differ) + "\nname another --runs, or remove that folder yourself")
             ready.add(key)
@@ -272,7 +282,7 @@ def look(plan, store):
     for key, job in reversed(plan.jobs.items()):  # what needs a row comes before it
         if job.row == "data":
             present = os.path.exists(f"{job.data}/annotations.json")
-            if key in needed and present:
+            if present:
                 toy.make_toy(job.data, seed=job.seed, **plan.toy_arguments(job))  # says so if it is another
             must = key in needed and not present
         else:
@@ -321,14 +331,14 @@ def schedule(waiting, start, ended, slots, stop=lambda: 0, pause=0.2):
 
 
 def lock(folders):
-    """File descriptors that keep other tables.py out of these folders until they and the children that hold them are gone."""
+    """File descriptors that keep other tables.py out of these folders until this one and its children, which hold them too, are gone."""
     held = []
     for folder in sorted(set(folders)):
         os.makedirs(folder, exist_ok=True)
-        held.append(os.open(folder, os.O_RDONLY))
+        held.append(os.open(f"{folder}/.tables.lock", os.O_RDWR | os.O_CREAT, 0o666))
         try:
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"{folder}: another tables.py works there (or a run that one left behind): wait for it, or name another --runs") from None
     return held
 
@@ -351,7 +361,8 @@ def environment_of(slot, jobs, gpus, cores):
 def work(plan, text):
     """Makes everything that is not there yet; returns the exit status."""
     held, signals = lock(job.runs for job in plan.jobs.values()), []
-    before = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    caught = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # a closed terminal, but for nohup
+    before = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in caught}
     try:
         return make_all(plan, text, held, signals)
     finally:
@@ -365,13 +376,13 @@ def make_all(plan, text, held, signals):
     path = plan.args.results
     store = results.read(f"{path}.json")
     run, unrecorded = look(plan, store)
-    gpus, cores = gpus_of(config.load(plan.cfg, plan.set)), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus, cores = plan.gpus, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     slots = plan.args.jobs or len(gpus) or min(cores, 4)
     begun, took, count = {}, {}, [0]
 
-    def keep(job, threads=None):
+    def keep(job):
         cfg, (digest, flat) = plan.config(job), plan.digest(job)
-        record = results.record_of(cfg.out, cfg, digest, toy=plan.label, setting=job.setting, seed=job.seed, row=job.row, words=plan.set, threads=threads)
+        record = results.record_of(cfg.out, cfg, digest, toy=plan.label, setting=job.setting, seed=job.seed, row=job.row, words=plan.set)
         results.write(path, text, record, flat)
         return record
 
@@ -379,14 +390,14 @@ def make_all(plan, text, held, signals):
         job, environment = plan.jobs[key], environment_of(slot, slots, gpus, cores)
         command = plan.command(job)
         os.makedirs(job.runs, exist_ok=True)
-        begun[key] = time.monotonic(), None if gpus else int(environment["OMP_NUM_THREADS"])
+        begun[key] = time.monotonic()
         print(f"[{count[0]}/{len(run)}] {job.name}: starts" + (f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if gpus else ""), flush=True)
         with open(f"{job.runs}/{job.row}.log", "a") as log:
             print("$", shlex.join(command), file=log, flush=True)
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True, pass_fds=held)
 
     def ended(key, status):
-        job, seconds = plan.jobs[key], time.monotonic() - begun[key][0]
+        job, seconds = plan.jobs[key], time.monotonic() - begun[key]
         if status or not os.path.exists(f"{job.data}/annotations.json" if job.row == "data" else f"{job.runs}/{job.row}/metrics.json"):
             print(f"[{count[0]}/{len(run)}] {job.name}: " + ("interrupted" if signals else f"FAILED with status {status}, see {job.runs}/{job.row}.log"), flush=True)
             return False
@@ -394,7 +405,7 @@ def make_all(plan, text, held, signals):
         took.setdefault(job.row, []).append(seconds)
         known, everything = {k: sum(v) / len(v) for k, v in took.items()}, [x for v in took.values() for x in v]
         left = sum(known.get(k[2], sum(everything) / len(everything)) for k in run - begun.keys()) / slots
-        score = "" if job.row == "data" else f", mAP {100 * keep(job, begun[key][1])['average']:.2f} %"
+        score = "" if job.row == "data" else f", mAP {100 * keep(job)['average']:.2f} %"
         guess = f"{left / 3600:.1f} h" if left > 3600 else f"{left / 60:.0f} min"
         print(f"[{count[0]}/{len(run)}] {job.name}: {seconds:.0f} s{score}; about {guess} left", flush=True)
         return True
@@ -402,6 +413,8 @@ def make_all(plan, text, held, signals):
     for job in unrecorded:
         keep(job)
     print(f"{len(run)} jobs to run, {len(plan.jobs) - len(run)} done or not needed; {slots} at once" + (f" on GPUs {', '.join(gpus)}" if gpus else ""), flush=True)
+    if not run:
+        print(f"{path}.json has every row that was asked for; to make them again, name another --results and --runs")
     failed, skipped = schedule({k: needs(plan.jobs[k]) & run for k in plan.jobs if k in run}, start, ended, slots, lambda: len(signals))
     results.write(path, text)
     for key in failed:
@@ -443,6 +456,7 @@ def main(argv=None):
         def text(store):
             prose = open(notes).read() if os.path.isfile(notes) else None
             return results.render(store, tables=TABLES, claims=CLAIMS, controls=CONTROLS, memory=MEMORY, settings=SETTINGS, compared=COMPARED, labels=LABELS,
+                                  needs=NEEDS, design=DESIGN_SEEDS,
                                   commands={k: v[4] for k, v in TOYS.items()}, chosen=(plan.label, args.tables or ()), notes=prose)
         if args.render:
             if not os.path.exists(f"{args.results}.json"):

@@ -30,6 +30,7 @@ from torchcodec.encoders import JpegEncoder
 from tqdm import tqdm
 
 FPS = 8
+VERSION = 2  # of the drawing: goes up when the same arguments give other pictures
 SKEW = 0.7  # of a motion's phase: fast one way, slow the other, as most of what happens looks wrong played backwards; 0 would leave the arrow of time nothing to learn
 SHAPES = ["disc", "square", "triangle", "star", "cross", "ring"]
 REDS, OTHERS = (-0.08, 0.08), (0.28, 0.72)  # hue ranges of the main sprite and of its competitors
@@ -261,7 +262,7 @@ def make_toy(out, *, seed=0, train=240, val=160, clips=3000, stills=1500, size=4
 
     Raises ValueError if `out` holds something else: nothing is ever written over. Also if the sizes are too small to hold what they describe.
     """
-    arguments = dict(seed=seed, train=train, val=val, clips=clips, stills=stills, size=size, snippets=snippets,
+    arguments = dict(version=VERSION, seed=seed, train=train, val=val, clips=clips, stills=stills, size=size, snippets=snippets,
                      frames_per_snippet=frames_per_snippet, clip_frames=clip_frames, competitors=competitors, busy=list(busy), near=near,
                      scene=scene, amplitude=list(amplitude))
     if snippets < 16 or frames_per_snippet < 1 or size < 16 or min(train, val, clips, stills) < 1:

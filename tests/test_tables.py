@@ -250,11 +250,19 @@ def test_done_rows_are_taken_from_runs_or_records_and_mismatches_are_errors(tmp_
     del store["records"]["small", None, 11, "bmn_lofi"]
     assert tables.look(plan, store)[0] == {(None, 11, "acp"), (None, 11, "bmn_lofi")}
     # another config: named by key
-    with pytest.raises(SystemExit, match="(?s)RESULTS.json holds another seed 11 acp.*lofi.epochs: .* there, 3 now.*another --results"):
+    with pytest.raises(SystemExit, match="(?s)RESULTS.json holds another acp of toy small.*lofi.epochs: .* there, 3 now.*another --results"):
         tables.main([*words, "--set", "lofi.epochs=3"])
     os.rename(f"{tmp_path}/gone-acp", f"{tmp_path}/runs-11/acp")
     with pytest.raises(SystemExit, match="(?s)holds another row acp than this one.*lofi.epochs: .* there, 3 now"):
         tables.main([*words, "--set", "lofi.epochs=3", "--results", f"{tmp_path}/other"])
+    # nor another recipe for another seed, another toy or another precision: they would all go into one mean
+    for change in ("--seeds 12 --set lofi.lr=0.5", "--set precision=bfloat16"):
+        with pytest.raises(SystemExit, match="(?s)another (acp|bmn_lofi).*(lofi.lr: 0.001 there, 0.5 now|precision: 'float32' there, 'bfloat16' now)"):
+            tables.main([*words, *change.split(), "--data", f"{tmp_path}/data-{{seed}}", "--runs", f"{tmp_path}/new-{{seed}}"])
+    with monkeypatch.context() as patched:
+        patched.setattr(tables.toy, "VERSION", 99)
+        with pytest.raises(SystemExit, match="toy.version: 2 there, 99 now"):
+            tables.main(words)
     # folders do not count, other runs' names neither
     elsewhere = tables.Plan(arguments(tmp_path, tables=["A"], seeds=[11], runs="elsewhere/{seed}"))
     assert tables.look(elsewhere, results.read(f"{args.results}.json")) == (set(), [])
@@ -285,7 +293,9 @@ def test_a_second_program_on_the_same_runs_is_refused(tmp_path):
         tables.lock([f"{tmp_path}/runs"])
     fcntl.flock(held[0], fcntl.LOCK_UN)
     os.close(held[0])
-    os.close(tables.lock([f"{tmp_path}/runs"])[0])
+    held = tables.lock([f"{tmp_path}/runs"])
+    results.write(f"{tmp_path}/runs/RESULTS", lambda store: results.MARK)  # results may lie in a folder of runs
+    os.close(held[0])
 
 
 # ---------------------------------------------------------------- rendering
@@ -298,7 +308,7 @@ def record(seed, row, average, toy="small", setting=None, **changes):
 
 def rendered(records, **options):
     return results.render({"records": {results.key_of(r): r for r in records}, "configs": {}}, tables=tables.TABLES, claims=tables.CLAIMS, controls=tables.CONTROLS,
-                          memory=tables.MEMORY, settings=tables.SETTINGS, compared=tables.COMPARED, labels=tables.LABELS,
+                          memory=tables.MEMORY, settings=tables.SETTINGS, compared=tables.COMPARED, labels=tables.LABELS, needs=tables.NEEDS, design=tables.DESIGN_SEEDS,
                           commands={k: v[4] for k, v in tables.TOYS.items()}, **options)
 
 
@@ -321,8 +331,9 @@ def test_rendering_of_hand_made_records():
     assert verdicts["1.2: ACP+ over ACP"] == ["LoFi, Table 1", "+0.25", "+0.00 ± 1.00", "1.000", "1 of 3", "**within noise**", "-"]
     assert verdicts["1.3: LoFi over ACP"] == ["LoFi, Table 1", "+0.90", "+2.00 ± 0.00", "< 0.001", "3 of 3", "**reproduced**", "yes"]
     assert len(verdicts) == 5  # the header and Table 1's claims: what has no rows is left out
-    assert "**2 of 4 claims reproduced**, 2 within noise, 0 not reproduced; 1 of the reproduced still after Holm." in text
-    assert text.index("**2 of 4") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
+    assert f"**Of {len(tables.CLAIMS)} claims 2 reproduced** (1 of them still after Holm), 2 within noise, 0 not reproduced; {len(tables.CLAIMS) - 4} not judged yet (2.1, 2.2" in text
+    assert "made on seeds 0, 1, 11, 12, 2, 7, some of which are among these" in text and "which are not among these" in rendered([record(21, "acp", 0.1)])
+    assert text.index("**Of ") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
     assert cells_of(text, "### Controls")["C.1: LoFi over ACP+ with background"][2:] == ["-1.00 ± 0.00", "< 0.001", "0 of 3", "**lower**"]
     rows = cells_of(text, "### Table 1")
     assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
@@ -334,8 +345,8 @@ def test_few_seeds_have_no_verdict_and_other_toys_their_own_section():
     text = rendered([record(11, "acp", 0.1), record(11, "icp", 0.08), record(11, "acp", 0.3, toy="large"), record(11, "icp", 0.2, toy="large", words=["device=cuda"])])
     assert text.index('## Toy "small"') < text.index('## Toy "large"') and "`python tables.py --toy large --tables 1 2 --set device=cuda`" in text
     assert cells_of(text)["1.1: ACP over ICP"][2:] == ["+2.00", "-", "1 of 1", "**no verdict**", "-"]
-    assert cells_of(text, '"large"')["1.1: ACP over ICP"][2] == "+10.00" and "None of 1 claims can be judged yet" in text
-    assert "### Table 1" not in text and "### Table 1" in rendered([record(11, "acp", 0.1)], chosen=("small", ["1"]))
+    assert cells_of(text, '"large"')["1.1: ACP over ICP"][2] == "+10.00" and f"**Of {len(tables.CLAIMS)} claims 0 reproduced**" in text
+    assert "### Table 1" in text and "### Table 2" not in text and "### Table 1" not in rendered([record(11, "acp", 0.1)]) and "### Table 1" in rendered([record(11, "acp", 0.1)], chosen=("small", ["1"]))
 
 
 def test_probe_and_memory():
@@ -343,11 +354,15 @@ def test_probe_and_memory():
         return {"before": {"accuracy": 0.7, "auc": before}, "after": {"accuracy": 0.8, "auc": after}}
     records = [r for seed, d in ((11, 0.1), (12, 0.2), (13, 0.3)) for r in (
         record(seed, "acp", 0.1), record(seed, "sola", 0.1, probe=probe(0.6, 0.6 + d)), *(record(seed, x, 0.1, device="cuda", peak_memory_gb=m) for x, m in (("s", 2.0), ("t", 2.2), ("st", 2.5))))]
+    records += [record(11, "bmn_acp", 0.1, peak_memory_gb=None)]
     text = rendered(records)
+    # what a row goes on from counts: SoLa's own 1.25 behind ACP's 1.25, S behind it, a head alone
+    assert [cells_of(text, title)[row][6] for title, row in (("### Table sola", "SoLa"), ("### Table 2", "S-LoFi"), ("### Table A", "BMN, ACP"))] == ["1.25", "2.00", "1.25"]
+    assert cells_of(rendered([r | {"peak_memory_gb": 0.25} if r["row"] == "sola" else r for r in records]), "### Table sola")["SoLa"][6] == "1.25"
     verdicts = cells_of(text)
     assert verdicts["sola.1: SoLa over raw features, AUC of the linear probe"][2:6] == ["+0.200 ± 0.100", "0.074", "3 of 3", "**within noise**"]  # t = 2 sqrt 3, 2 df
     assert verdicts["sola.2: SoLa over raw features, mAP"][2:6] == ["+0.00 ± 0.00", "1.000", "0 of 3", "**within noise**"]
-    assert "2.00 / 2.20 / 2.50 GB, largest / smallest 1.25, to be at most 1.20: **not reproduced**" in text and "1 not reproduced" in text
+    assert "2.00 / 2.20 / 2.50 GB, largest / smallest 1.25, to be at most 1.20: **not reproduced**" in text and "about the same memory" not in rendered([r for r in records if r["seed"] < 13])
     assert "largest / smallest 1.10, to be at most 1.20: **reproduced**" in rendered([r | {"peak_memory_gb": 2.2} if r["row"] == "st" else r for r in records])
 
 
@@ -359,7 +374,7 @@ def test_sensitivity_table():
     records = [record(s, row, a, setting=setting) for setting, shift in ((None, 0.0), ("no scene", 0.05)) for s in (11, 12)
                for row, a in (("acp", 0.1 + shift), ("acp_plus", 0.12), ("acp_plus_background", 0.13), ("lofi", 0.14))] + [record(13, "acp", 0.9)]
     rows = cells_of(rendered(records), "### Sensitivity")
-    assert rows["as it is"] == ["10.00 ± 0.00", "12.00 ± 0.00", "13.00 ± 0.00", "14.00 ± 0.00", "+2.00 ± 0.00", "+1.00 ± 0.00", "LoFi > ACP+bg > ACP+ > ACP", "2"]
+    assert rows["as it is"] == ["10.00 ± 0.00", "12.00 ± 0.00", "13.00 ± 0.00", "14.00 ± 0.00", "+2.00 ± 0.00", "+1.00 ± 0.00", "LoFi > ACP+bg > ACP+ > ACP", "2 of 2"]
     assert rows["no scene"][6] == "ACP > LoFi > ACP+bg > ACP+" and len(rows) == 3
 
 
@@ -403,7 +418,8 @@ def go(replace):
 """
 
 
-def test_ctrl_c_reaches_children_once_and_the_same_command_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # Ctrl-C, a closed terminal
+def test_a_signal_reaches_children_once_and_the_same_command_goes_on(number, tmp_path, monkeypatch):
     script = GO.replace("ROOT", str(tmp_path))
     (tmp_path / "row.py").write_text(FAKE_ROW)
     (tmp_path / "go.py").write_text(script + "sys.exit(go(setattr))")
@@ -413,9 +429,9 @@ def test_ctrl_c_reaches_children_once_and_the_same_command_goes_on(tmp_path, mon
     while not (tmp_path / "runs/bmn_lofi/metrics.json").exists() or not (tmp_path / "runs/bmn_acp/started").exists():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     said = first.communicate(timeout=60)[0]
-    assert first.returncode == 130 and "stopped by SIGINT; the same command goes on" in said and "interrupted" in said
+    assert first.returncode == 128 + number and f"stopped by {number.name}; the same command goes on" in said and "interrupted" in said
     assert (tmp_path / "runs/bmn_acp/state").read_text() == "1"  # it was waited for, and told once
     assert {k[3] for k in results.read(f"{tmp_path}/RESULTS.json")["records"]} >= {"acp"}
     scope = {}
