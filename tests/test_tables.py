@@ -424,7 +424,8 @@ def test_a_signal_reaches_children_once_and_the_same_command_goes_on(number, tmp
     (tmp_path / "row.py").write_text(FAKE_ROW)
     (tmp_path / "go.py").write_text(script + "sys.exit(go(setattr))")
     environment = os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([sys.executable, f"{tmp_path}/go.py"], cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = subprocess.Popen([sys.executable, f"{tmp_path}/go.py"], cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # not ignored, as it is when the tests themselves run under nohup
     deadline = time.monotonic() + 60
     while not (tmp_path / "runs/bmn_lofi/metrics.json").exists() or not (tmp_path / "runs/bmn_acp/started").exists():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
