@@ -33,7 +33,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FROZEN, ACP, HEAD = "stages=[pretrain,features,head,detect]", "pretrain.checkpoint={acp}/acp/pretrain/encoder.pt", "stages=[head,detect]"
 SOLA, R2PLUS1D = "stages=[sola,head,detect]", "encoder.name=r2plus1d_18"
 
-# name: (rows that must be there before it, words of lofi_tal.py --set). {runs}: the seed's folder of runs, {acp}: the one with its ACP encoder, {quarter}: of the snippets
+# name: (rows that must be there before it, words of lofi_tal.py --set). {runs}: the seed's folder of runs, {acp}: the one with its ACP encoder, {quarter}: of the snippets, {twice}: the epochs
 ROWS = {
     "icp": ([], [FROZEN, "pretrain.method=icp", "encoder.shift_div=0"]),  # an image network has never seen shifted channels
     "acp": ([], [FROZEN, "pretrain.method=acp"]),
@@ -45,6 +45,8 @@ ROWS = {
     "st": (["acp"], [ACP, "lofi.cycle=[ST]"]),
     "short": (["acp"], [ACP, "lofi.order=short", "lofi.period=1"]),  # the paper's 16 batches of its 600 an epoch would be a whole epoch here
     "full": (["acp"], [ACP, "lofi.cycle=[full]", "lofi.chunk={quarter}"]),  # full fidelity in the memory of a quarter of the snippets, as T's
+    "twice": (["acp"], [ACP, "lofi.epochs={twice}"]),
+    "on_background": (["acp_plus_background"], ["pretrain.checkpoint={runs}/acp_plus_background/pretrain/encoder.pt"]),  # what a localization loss adds to having seen background
     "r2plus1d_acp": ([], [FROZEN, "pretrain.method=acp", R2PLUS1D]),
     "r2plus1d_t": (["r2plus1d_acp"], ["pretrain.checkpoint={runs}/r2plus1d_acp/pretrain/encoder.pt", R2PLUS1D, "lofi.cycle=[T]"]),
     **{f"r{depth}_acp": ([], [FROZEN, "pretrain.method=acp", f"encoder.depth={depth}"]) for depth in (34, 50)},
@@ -83,7 +85,9 @@ TABLES = {
     "sola": ("SoLa, with the linear probe \"action or background snippet\"", {
         "acp": ("raw ACP features", None, None), "sola": ("SoLa", "acp", None), "lofi": ("LoFi", "acp", None), "lofi_sola": ("LoFi + SoLa", "acp", None)}),
     "A": ("another head, BMN (LoFi, supplementary material)", {"bmn_acp": ("BMN, ACP", None, None), "bmn_lofi": ("BMN, LoFi", "bmn_acp", None)}),
-    "full": ("beyond the papers: full fidelity end to end, chunk by chunk", {"acp": ("ACP", None, None), "lofi": ("LoFi", "acp", None), "full": ("full fidelity", "acp", None)}),
+    "beyond": ("beyond the papers: full fidelity end to end, chunk by chunk; stage lofi for longer, and from the control's encoder", {
+        "acp": ("ACP", None, None), "acp_plus_background": ("ACP+ with background", "acp", None), "lofi": ("LoFi", "acp", None), "full": ("full fidelity", "acp", None),
+        "twice": ("LoFi, twice as long", "acp", None), "on_background": ("LoFi from ACP+ with background", "acp", None)}),
 }
 
 ALONE = {"s": -1 / 3, "t": -1 / 3, "st": -1 / 3}
@@ -118,6 +122,8 @@ CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the la
     ("C.1", "LoFi over ACP+ with background", None, {"lofi": 1, "acp_plus_background": -1}, "average", "control"),
     ("C.2", "LoFi + SoLa over LoFi, mAP", None, {"lofi_sola": 1, "lofi": -1}, "average", "control"),
     ("C.3", "full fidelity over LoFi: what low fidelity loses", None, {"full": 1, "lofi": -1}, "average", "control"),
+    ("C.4", "LoFi twice as long over ACP+ with background", None, {"twice": 1, "acp_plus_background": -1}, "average", "control"),
+    ("C.5", "LoFi from ACP+ with background over ACP+ with background", None, {"on_background": 1, "acp_plus_background": -1}, "average", "control"),
 ]
 MEMORY = ("s", "t", "st")  # claimed to need about the same
 
@@ -173,11 +179,11 @@ def in_order(names):
     return out
 
 
-def words_of(name, seed, data, runs, acp=None, quarter=8, setting=None):
-    """Config words of a row. acp: the folder of runs with the ACP encoder; quarter: of the config's snippets."""
+def words_of(name, seed, data, runs, acp=None, quarter=8, twice=24, setting=None):
+    """Config words of a row. acp: the folder of runs with the ACP encoder; quarter: of the config's snippets; twice: its epochs of stage lofi."""
     words = (SHARED if setting else {}).get(name, ROWS[name])[1] + (SETTINGS[setting][1] if setting else [])
     return [f"seed={seed}", f"out={runs}/{name}", f"data.annotations={data}/annotations.json", f"data.frames={data}/frames",
-            f"pretrain.icp.source={data}/stills", f"pretrain.acp.source={data}/clips", *(w.format(runs=runs, acp=acp or runs, quarter=quarter) for w in words)]
+            f"pretrain.icp.source={data}/stills", f"pretrain.acp.source={data}/clips", *(w.format(runs=runs, acp=acp or runs, quarter=quarter, twice=twice) for w in words)]
 
 
 def needs(job):
@@ -204,7 +210,8 @@ class Plan:
         self.label = " ".join([args.toy, *values])
         folder = "-".join([folder, *("".join(c for c in v.replace(",", "_") if c not in "=[]") for v in values)])
         self.data, self.runs = args.data or f"data/{folder}", args.runs or f"runs/{folder}"
-        self.quarter = max(config.load(self.cfg, self.set).data.snippets // 4, 1)
+        cfg = config.load(self.cfg, self.set)
+        self.sizes = {"quarter": max(cfg.data.snippets // 4, 1), "twice": 2 * cfg.lofi.epochs}
         self.seeds = args.seeds or (args.sensitivity_seeds if args.sensitivity and not args.tables else seeds)
         both = {*self.seeds, *(args.sensitivity_seeds if args.sensitivity else [])}
         if len(both) > 1 and not ("{seed}" in self.data and "{seed}" in self.runs):
@@ -228,7 +235,7 @@ class Plan:
             self.jobs.setdefault(job.key, job)
 
     def words(self, job):
-        return words_of(job.row, job.seed, job.data, job.runs, job.acp, self.quarter, job.setting) + self.set
+        return words_of(job.row, job.seed, job.data, job.runs, job.acp, **self.sizes, setting=job.setting) + self.set
 
     def config(self, job):
         return config.load(self.cfg, self.words(job))
@@ -236,7 +243,7 @@ class Plan:
     def digest(self, job):
         """Hash and content of all that a row's result hangs on but its seed: config, with folders by their role, precision and the toy."""
         if (job.setting, job.row) not in self.digests:
-            words = words_of(job.row, 0, "DATA", "RUNS", "ACP" if job.setting else "RUNS", self.quarter, job.setting) + self.set
+            words = words_of(job.row, 0, "DATA", "RUNS", "ACP" if job.setting else "RUNS", **self.sizes, setting=job.setting) + self.set
             cfg = config.load(self.cfg, words)
             drawn = {f"toy.{k}": v for k, v in (self.defaults | self.toy_arguments(job) | {"version": toy.VERSION}).items() if k not in ("seed", "workers")}
             self.digests[job.setting, job.row] = results.digest(cfg, **drawn, precision=results.precision_of(cfg, bool(self.gpus)))
