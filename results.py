@@ -170,14 +170,15 @@ def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=()):
     metrics, versions = load_json(f"{folder}/metrics.json"), load_json(f"{folder}/versions.json") or {}
     accuracy, probe = load_json(f"{folder}/pretrain/accuracy.json"), load_json(f"{folder}/sola/probe.json")
     device = versions.get("device", "cpu")
+    cuda = device.startswith("cuda")
     parameters, peak = trained(folder, cfg.stages)
-    idle = 0.0 if device.startswith("cuda") else idle_memory_gb()
+    idle = 0.0 if cuda else idle_memory_gb()
     return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
             "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
             "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
             "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "after")} if probe else None,
-            "device": device, "machine": versions.get("machine"), "torch": versions.get("torch"), "threads": versions.get("threads"), "git": versions.get("git"),
-            "precision": precision_of(cfg, device.startswith("cuda")),
+            "device": device, "machine": versions.get("machine") or ("unknown" if cuda else engine.machine_of(torch.device("cpu"))), "torch": versions.get("torch"), "threads": versions.get("threads"), "git": versions.get("git"),
+            "precision": precision_of(cfg, cuda),
             "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(f"{folder}/metrics.json")))}
 
 
