@@ -1,6 +1,7 @@
 """Records of finished rows in a JSON file, the statistics over their seeds, and the Markdown made of them. tables.py holds the rows, the claims and what runs them.
 
-A record: {"toy", "setting" (null: none), "seed", "row", "hash" (of its config, see `digest`), "words" (of --set), "mAP" {threshold: fraction}, "average", "seconds", "class_source",
+A record: {"toy", "setting" (null: none), "seed", "row", "hash" (of its config, see `digest`), "words" (of --set), "mAP" {threshold: fraction}, "average", both with true classes
+("true mAP", "true"), "auc of AR@AN", "seconds", "class_source",
 "peak_memory_gb" (of a CPU process above an idle one, "idle_memory_gb"), "parameters" (of what it trained beside its head), "top1", "probe", "device", "machine", "torch", "precision", "threads", "date", "git"}.
 """
 import fcntl
@@ -23,7 +24,7 @@ import evaluate
 
 MARK = "<!-- made by tables.py -->"
 LEVEL = 0.05  # of every test
-MEASURES = {"average": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 3)}  # factor and decimals to show; "@0.75" is as "average"
+MEASURES = {"average": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 3)}  # factor and decimals to show; "@0.75" and "true" are as "average"
 
 
 # ---------------------------------------------------------------- statistics
@@ -153,6 +154,15 @@ def trained(folder, stages):
     return count, max(peaks, default=None)
 
 
+def with_true_classes(folder, cfg):
+    """(mAP by threshold, average) of a run's class-agnostic proposals, each under its video's true classes: what is left when no row's video classifier plays a part,
+    as in the papers, whose classes come from one external classifier for all rows."""
+    truth, proposals = load_json(cfg.data.annotations)["database"], load_json(f"{folder}/proposals.json")["results"]
+    found = {v: [p | {"label": label} for label in sorted({a["label"] for a in truth[v]["annotations"]}) for p in own] for v, own in proposals.items()}
+    metrics = evaluate.evaluate(cfg.data.annotations, {"results": found}, subset=cfg.data.val_subset, thresholds=cfg.detect.tiou)
+    return metrics["mAP"], metrics["average_mAP"]
+
+
 def precision_of(cfg, cuda):
     """What the config key means on a GPU or on a CPU: see engine.autocast."""
     return ("bfloat16" if cuda else "float32") if cfg.precision == "auto" else cfg.precision
@@ -172,9 +182,10 @@ def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=()):
     device = versions.get("device", "cpu")
     cuda = device.startswith("cuda")
     parameters, peak = trained(folder, cfg.stages)
+    true_map, true = with_true_classes(folder, cfg)
     idle = 0.0 if cuda else idle_memory_gb()
     return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
-            "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
+            "true mAP": true_map, "true": true, "auc of AR@AN": metrics["AR"]["AUC"], "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
             "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
             "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "after")} if probe else None,
             "device": device, "machine": versions.get("machine") or ("unknown" if cuda else engine.machine_of(torch.device("cpu"))), "torch": versions.get("torch"), "threads": versions.get("threads"), "git": versions.get("git"),
@@ -224,15 +235,21 @@ def judge(seeds, claims, words=("reproduced", "not reproduced")):
     return [(*f, next(held) if f[2] != "no verdict" else None) for f in found]
 
 
-def verdict_table(judged, with_holm=True):
+def p_of(test):
+    return "-" if test["p"] is None else "< 0.001" if test["p"] < 0.001 else f"{test['p']:.3f}"
+
+
+def verdict_table(judged, seeds, with_holm=True):
     lines = []
-    for (name, sentence, paper, _, measure, source), test, verdict, held in judged:
+    for (name, sentence, paper, weights, measure, source), test, verdict, held in judged:
         decimals = MEASURES.get(measure, MEASURES["average"])[1]
         ours = f"{test['mean']:+.{decimals}f}" + (f" ± {test['std']:.{decimals}f}" if test["std"] is not None else "")
-        p = "-" if test["p"] is None else "< 0.001" if test["p"] < 0.001 else f"{test['p']:.3f}"
+        p = p_of(test)
+        true = paired_test(combine(seeds, weights, "true")) if measure == "average" else None
         lines.append([f"{name}: {sentence}", source, "-" if paper is None else f"{paper:+.2f}", ours, p, f"{test['ahead']} of {test['n']}", f"**{verdict}**",
-                      *(["-" if "reproduced" not in verdict else "yes" if held else "no"] if with_holm else [])])
-    return evaluate._table(["claim", "source", "paper", "here", "p", "seeds ahead", "verdict", *["holds after Holm"] * with_holm], lines)
+                      *(["-" if "reproduced" not in verdict else "yes" if held else "no"] if with_holm else []),
+                      "" if true is None else spread(combine(seeds, weights, "true"), sign="+") + f", p {p_of(true)}"])
+    return evaluate._table(["claim", "source", "paper", "here", "p", "seeds ahead", "verdict", *["holds after Holm"] * with_holm, "with true classes"], lines)
 
 
 def memory_line(seeds, rows):
@@ -269,7 +286,7 @@ def table(name, title, rows, seeds, needs):
     for row, (label, reference, paper) in rows.items():
         records = [s[row] for s in seeds.values() if row in s]
         cells = [label, *(spread(combine(seeds, {row: 1}, m)) for m in ("@0.5", "@0.75", "@0.95", "average"))]
-        cells.append(spread(combine(seeds, {row: 1, reference: -1}), sign="+") if reference else "")
+        cells += [spread(combine(seeds, {row: 1, reference: -1}), sign="+") if reference else "", spread(combine(seeds, {row: 1}, "true"))]
         seconds, memory = [r["seconds"] for r in records], [peak for peak in (peak_of(s, row, needs) for s in seeds.values() if row in s) if peak is not None]
         cells += [f"{np.mean(seconds):.0f}" if seconds else "-", f"{np.mean(memory):.2f}" if memory else "-", f"{records[0]['parameters'] / 1e6:.2f}" if records else "-"]
         if top1:
@@ -280,7 +297,7 @@ def table(name, title, rows, seeds, needs):
         other = rows.get(reference, (None,) * 3)[2]
         cells += [len(records), " / ".join(f"{x:.2f}" for x in paper) if paper else "", f"{paper[3] - other[3]:+.2f}" if paper and other else ""]
         lines.append(cells)
-    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "seconds", "peak GB", "trained M", *["own top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
+    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "true classes", "seconds", "peak GB", "trained M", *["own top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
               "seeds", "paper: @0.5 / 0.75 / 0.95 / average", "over its ACP"]
     used = [r for s in seeds.values() for k, r in s.items() if k in rows]
     below = f"Classes from the {', '.join(sorted({r['class_source'] for r in used}))}." if used else ""
@@ -344,13 +361,13 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
         out += [f"## Toy \"{toy}\"", f"Made by `{command}`.\n{made_on(mine)}"]
         judged, line = judge(seeds, claims), memory_line(seeds, memory)
         if judged:
-            out += [counts_line(judged, claims), verdict_table(judged)]
+            out += [counts_line(judged, claims), verdict_table(judged, seeds)]
         out += [line] * bool(line)
         if notes and toy == toys[0]:
             out.append(notes.strip())
         other = judge(seeds, controls, ("higher", "lower"))
         if other:
-            out += ["### Controls: claimed by nobody, direction open", verdict_table(other, with_holm=False)]
+            out += ["### Controls: claimed by nobody, direction open", verdict_table(other, seeds, with_holm=False)]
         here = {row for s in seeds.values() for row in s}
         for name, (title, rows) in tables.items():
             own = set(rows) - {row for other, (_, others) in tables.items() if other != name for row in others}
@@ -366,7 +383,8 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
         f"- The toy and its recipe were made on seeds {several(design)}" + (", some of which are among these: other seeds decide." if {r["seed"] for r in records} & set(design) else
                                                                           ", which are not among these."),
         "- Not checked here, as they need the real data sets: LoFi's Tables 3 and 4 (state of the art), all columns on HACS, supplementary Table B; SoLa's tables.",
-        "- Classes come from the run's own video classifier unless a table says otherwise; the papers take them from an external one.",
+        "- Classes come from the run's own video classifier, whose features differ from row to row; the papers take them from one external classifier for all rows. \"With true classes\" is "
+        "average mAP (%) of the same proposals under each video's true class: localization alone. The verdicts are on the former.",
         "- \"seconds\" is all that a row's result took: its encoder and what that was made from, features, head, detection. Rows that run side by side slow each other down.",
         "- \"trained M\": parameters (millions) of the encoder or of SoLa that the row itself trained; the head is not counted. 0: it trained a head only.",
         "- Peak memory is that of training a row's encoder, the encoder that it goes on from, or SoLa, whichever took most: batch, head and optimizer included. Memory of one video's step at larger sizes: benchmarks/README.md.",

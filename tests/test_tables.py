@@ -211,7 +211,7 @@ def finish(plan, key, average):
     cfg, folder = plan.config(job), f"{job.runs}/{job.row}"
     engine.save_json(cfg, f"{folder}/config.json")
     engine.save_json({"device": "cpu", "torch": "2.11", "git": "abc"}, f"{folder}/versions.json")
-    engine.save_json({"mAP": {"0.5": 2 * average, "0.75": average, "0.95": 0.01}, "average_mAP": average, "seconds": 10.0, "seed": job.seed,
+    engine.save_json({"mAP": {"0.5": 2 * average, "0.75": average, "0.95": 0.01}, "average_mAP": average, "AR": {"AUC": 0.5}, "seconds": 10.0, "seed": job.seed,
                       "class_source": "video classifier of the run"}, f"{folder}/metrics.json")
     stage = "lofi" if "lofi" in cfg.stages else "pretrain"
     if stage in cfg.stages:
@@ -220,8 +220,8 @@ def finish(plan, key, average):
         engine.write_aside(f"{log}/metrics.jsonl", lambda f: f.write(b'{"peak_memory_gb": 1.5}\n{"peak_memory_gb": 2.5}\n'))
         engine.save_json({"phases": {"x": {"top1": 0.625}}}, f"{folder}/pretrain/accuracy.json")
     os.makedirs(job.data, exist_ok=True)
-    with open(f"{job.data}/annotations.json", "w") as f:
-        f.write("{}")
+    engine.save_json({"database": {"v": {"subset": "validation", "duration": 10.0, "annotations": [{"segment": [1.0, 4.0], "label": "jump"}]}}}, f"{job.data}/annotations.json")
+    engine.save_json({"results": {"v": [{"score": 0.9, "segment": [1.0, 4.0]}, {"score": 0.5, "segment": [5.0, 9.0]}]}}, f"{folder}/proposals.json")
 
 
 def test_done_rows_are_taken_from_runs_or_records_and_mismatches_are_errors(tmp_path, monkeypatch, capsys):
@@ -241,6 +241,7 @@ def test_done_rows_are_taken_from_runs_or_records_and_mismatches_are_errors(tmp_
     store = results.read(f"{args.results}.json")
     record = store["records"]["small", None, 11, "bmn_lofi"]
     assert (record["average"], record["parameters"], record["peak_memory_gb"], record["top1"]) == (pytest.approx(0.12), 12, 2.0, 0.625)
+    assert record["true"] == 1 and record["true mAP"]["0.95"] == 1  # its best proposal is the segment
     assert store["records"]["small", None, 11, "bmn_acp"]["parameters"] == 0 and record["git"] == "abc" and record["precision"] == "float32"
     assert "| BMN, LoFi " in open(f"{args.results}.md").read()
     # runs that are gone: recorded rows count as done; one that is not recorded brings back what it needs, and no more
@@ -301,7 +302,7 @@ def test_a_second_program_on_the_same_runs_is_refused(tmp_path):
 # ---------------------------------------------------------------- rendering
 
 def record(seed, row, average, toy="small", setting=None, **changes):
-    return dict(toy=toy, setting=setting, seed=seed, row=row, hash="h", words=[], mAP={"0.5": 2 * average, "0.75": average, "0.95": 0.01}, average=average, seconds=10.0 + seed,
+    return dict(toy=toy, setting=setting, seed=seed, row=row, hash="h", words=[], mAP={"0.5": 2 * average, "0.75": average, "0.95": 0.01}, average=average, true=2 * average, seconds=10.0 + seed,
                 class_source="video classifier of the run", peak_memory_gb=1.25, parameters=2_500_000, top1=None, probe=None, device="cpu", machine="abacus", torch="2.11",
                 precision="float32", threads=1, git="abc", date="2026-01-01") | changes
 
@@ -327,24 +328,24 @@ def test_rendering_of_hand_made_records():
     text = rendered(records, notes="What the author reads in it.")
     assert text.startswith(results.MARK) and "python tables.py`" in text and "abacus" in text and "Seeds 11, 12, 13; 15 runs, 2026-01-01; commit abc" in text
     verdicts = cells_of(text)
-    assert verdicts["1.1: ACP over ICP"] == ["LoFi, Table 1", "+1.43", "+3.00 ± 1.00", "0.035", "3 of 3", "**reproduced**", "no"]
-    assert verdicts["1.2: ACP+ over ACP"] == ["LoFi, Table 1", "+0.25", "+0.00 ± 1.00", "1.000", "1 of 3", "**within noise**", "-"]
-    assert verdicts["1.3: LoFi over ACP"] == ["LoFi, Table 1", "+0.90", "+2.00 ± 0.00", "< 0.001", "3 of 3", "**reproduced**", "yes"]
+    assert verdicts["1.1: ACP over ICP"] == ["LoFi, Table 1", "+1.43", "+3.00 ± 1.00", "0.035", "3 of 3", "**reproduced**", "no", "+6.00 ± 2.00, p 0.035"]
+    assert verdicts["1.2: ACP+ over ACP"] == ["LoFi, Table 1", "+0.25", "+0.00 ± 1.00", "1.000", "1 of 3", "**within noise**", "-", "+0.00 ± 2.00, p 1.000"]
+    assert verdicts["1.3: LoFi over ACP"] == ["LoFi, Table 1", "+0.90", "+2.00 ± 0.00", "< 0.001", "3 of 3", "**reproduced**", "yes", "+4.00 ± 0.00, p < 0.001"]
     assert len(verdicts) == 5  # the header and Table 1's claims: what has no rows is left out
     assert f"**Of {len(tables.CLAIMS)} claims 2 reproduced** (1 of them still after Holm), 2 within noise, 0 not reproduced; {len(tables.CLAIMS) - 4} not judged yet (2.1, 2.2" in text
     assert "made on seeds 0, 1, 11, 12, 2, 7, some of which are among these" in text and "which are not among these" in rendered([record(21, "acp", 0.1)])
     assert text.index("**Of ") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
-    assert cells_of(text, "### Controls")["C.1: LoFi over ACP+ with background"][2:] == ["-1.00 ± 0.00", "< 0.001", "0 of 3", "**lower**"]
+    assert cells_of(text, "### Controls")["C.1: LoFi over ACP+ with background"][2:] == ["-1.00 ± 0.00", "< 0.001", "0 of 3", "**lower**", "-2.00 ± 0.00, p < 0.001"]
     rows = cells_of(text, "### Table 1")
-    assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
-    assert rows["ICP"][4:] == ["-3.00 ± 1.00", "22", "1.25", "2.50", "", "3", "48.45 / 32.40 / 6.89 / 32.16", "-1.43"]
-    assert rows["LoFi"][7] == "0.00" and "### Table 2" not in text and "resident memory" in text
+    assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22.00 ± 2.00", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
+    assert rows["ICP"][4:] == ["-3.00 ± 1.00", "16.00 ± 0.00", "22", "1.25", "2.50", "", "3", "48.45 / 32.40 / 6.89 / 32.16", "-1.43"]
+    assert rows["LoFi"][8] == "0.00" and "### Table 2" not in text and "resident memory" in text
 
 
 def test_few_seeds_have_no_verdict_and_other_toys_their_own_section():
     text = rendered([record(11, "acp", 0.1), record(11, "icp", 0.08), record(11, "acp", 0.3, toy="large"), record(11, "icp", 0.2, toy="large", words=["device=cuda"])])
     assert text.index('## Toy "small"') < text.index('## Toy "large"') and "`python tables.py --toy large --tables 1 2 --set device=cuda`" in text
-    assert cells_of(text)["1.1: ACP over ICP"][2:] == ["+2.00", "-", "1 of 1", "**no verdict**", "-"]
+    assert cells_of(text)["1.1: ACP over ICP"][2:] == ["+2.00", "-", "1 of 1", "**no verdict**", "-", "+4.00, p -"]
     assert cells_of(text, '"large"')["1.1: ACP over ICP"][2] == "+10.00" and f"**Of {len(tables.CLAIMS)} claims 0 reproduced**" in text
     assert "### Table 1" in text and "### Table 2" not in text and "### Table 1" not in rendered([record(11, "acp", 0.1)]) and "### Table 1" in rendered([record(11, "acp", 0.1)], chosen=("small", ["1"]))
 
@@ -357,8 +358,8 @@ def test_probe_and_memory():
     records += [record(11, "bmn_acp", 0.1, peak_memory_gb=None)]
     text = rendered(records)
     # what a row goes on from counts: SoLa's own 1.25 behind ACP's 1.25, S behind it, a head alone
-    assert [cells_of(text, title)[row][6] for title, row in (("### Table sola", "SoLa"), ("### Table 2", "S-LoFi"), ("### Table A", "BMN, ACP"))] == ["1.25", "2.00", "1.25"]
-    assert cells_of(rendered([r | {"peak_memory_gb": 0.25} if r["row"] == "sola" else r for r in records]), "### Table sola")["SoLa"][6] == "1.25"
+    assert [cells_of(text, title)[row][7] for title, row in (("### Table sola", "SoLa"), ("### Table 2", "S-LoFi"), ("### Table A", "BMN, ACP"))] == ["1.25", "2.00", "1.25"]
+    assert cells_of(rendered([r | {"peak_memory_gb": 0.25} if r["row"] == "sola" else r for r in records]), "### Table sola")["SoLa"][7] == "1.25"
     verdicts = cells_of(text)
     assert verdicts["sola.1: SoLa over raw features, AUC of the linear probe"][2:6] == ["+0.200 ± 0.100", "0.074", "3 of 3", "**within noise**"]  # t = 2 sqrt 3, 2 df
     assert verdicts["sola.2: SoLa over raw features, mAP"][2:6] == ["+0.00 ± 0.00", "1.000", "0 of 3", "**within noise**"]
@@ -396,7 +397,7 @@ if count:
     time.sleep(0.5)
     open(f"{folder}/state", "w").write(str(count))
     sys.exit(130)
-json.dump({"mAP": {"0.5": .1}, "average_mAP": .1, "seconds": 1, "class_source": "own"}, open(f"{folder}/metrics.json", "w"))
+json.dump({"mAP": {"0.5": .1}, "average_mAP": .1, "AR": {"AUC": .5}, "seconds": 1, "class_source": "own"}, open(f"{folder}/metrics.json", "w"))
 """
 
 
@@ -414,6 +415,7 @@ def go(replace):
     replace(tables.Plan, "command", command)
     replace(tables.toy, "make_toy", functools.wraps(tables.toy.make_toy)(lambda *a, **k: False))
     replace(results, "trained", lambda *a: (0, None))
+    replace(results, "with_true_classes", lambda *a: ({}, 0.1))
     return tables.main(["--tables", "A", "--seeds", "11", "--jobs", "2", "--data", "ROOT/data", "--runs", "ROOT/runs", "--results", "ROOT/RESULTS"])
 """
 
