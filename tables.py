@@ -68,7 +68,7 @@ R18, LOFI, TLOFI = (49.64, 34.16, 7.68, 33.59), (50.68, 35.16, 8.16, 34.49), (50
 TABLES = {
     "1": ("pre-training of the encoder", {
         "icp": ("ICP", "acp", (48.45, 32.40, 6.89, 32.16)), "acp": ("ACP", None, R18), "acp_plus": ("ACP+", "acp", (49.87, 34.58, 7.85, 33.84)),
-        "acp_plus_background": ("ACP+ with background", "acp", None), "lofi": ("LoFi", "acp", LOFI)}),
+        "acp_plus_background": ("ACP+ with background", "acp", None), "lofi": ("LoFi", "acp", LOFI), "on_background": ("LoFi from ACP+ with background", "acp", None)}),
     "2": ("low-fidelity configurations", {
         "acp": ("ACP", None, R18), "s": ("S-LoFi", "acp", (50.47, 34.71, 7.57, 34.12)), "t": ("T-LoFi", "acp", TLOFI), "st": ("ST-LoFi", "acp", (50.36, 34.79, 7.59, 34.12)),
         "short": ("short cycle", "acp", (50.57, 35.12, 8.14, 34.38)), "lofi": ("long cycle (LoFi)", "acp", LOFI)}),
@@ -85,9 +85,9 @@ TABLES = {
     "sola": ("SoLa, with the linear probe \"action or background snippet\"", {
         "acp": ("raw ACP features", None, None), "sola": ("SoLa", "acp", None), "lofi": ("LoFi", "acp", None), "lofi_sola": ("LoFi + SoLa", "acp", None)}),
     "A": ("another head, BMN (LoFi, supplementary material)", {"bmn_acp": ("BMN, ACP", None, None), "bmn_lofi": ("BMN, LoFi", "bmn_acp", None)}),
-    "beyond": ("beyond the papers: full fidelity end to end, chunk by chunk; stage lofi for longer, and from the control's encoder", {
-        "acp": ("ACP", None, None), "acp_plus_background": ("ACP+ with background", "acp", None), "lofi": ("LoFi", "acp", None), "full": ("full fidelity", "acp", None),
-        "twice": ("LoFi, twice as long", "acp", None), "on_background": ("LoFi from ACP+ with background", "acp", None)}),
+    "beyond": ("beyond the papers: full fidelity end to end, chunk by chunk; stage lofi for longer", {
+        "acp": ("ACP", None, None), "acp_plus_background": ("ACP+ with background", "acp", None), "lofi": ("LoFi", "acp", None), "twice": ("LoFi, twice as long", "acp", None),
+        "full": ("full fidelity", "acp", None)}),
 }
 
 ALONE = {"s": -1 / 3, "t": -1 / 3, "st": -1 / 3}
