@@ -19,7 +19,6 @@ or, if the run has sliding windows (config key data.windows), data.rate snippets
 The frames of `chunk` snippets, and those of the next ones that overlap with them, are in memory at once, however long the video is.
 """
 import argparse
-import json
 import os
 import signal
 import sys
@@ -79,8 +78,7 @@ def load(run, device="auto", chunk=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not os.path.isfile(f"{run}/config.json"):
         raise FileNotFoundError(f"no {run}/config.json: name the folder of a run, such as runs/toy-0/lofi")
-    with open(f"{run}/config.json") as f:
-        cfg = config.merge(json.load(f), {})
+    cfg = config.merge(config.saved(run), {})
     path = encoder_path(run, cfg)
     for file, stage in ((f"{run}/head/head.pt", "head"), (f"{run}/sola/sola.pt", "sola")):
         if stage in (*cfg.stages, "head") and not os.path.isfile(file):
@@ -126,7 +124,7 @@ def features_of(model, source, bar=False):
     count = max(round(source.duration * d.rate), 1) if d.get("windows") else d.snippets
     numbers = media.snippet_frames(source.num_frames, count, d.frames_per_snippet, d.stride).numpy()
     features = []
-    autocast = partial(engine.autocast, model.device, model.cfg.get("precision", "auto"))
+    autocast = partial(engine.autocast, model.device, model.cfg.precision)
     with tqdm(total=count, unit="snippet", leave=False, disable=not (bar and sys.stderr.isatty())) as progress:
         for frames in stream(source, numbers, d.size, d.crop, chunk):
             features.append(encode(model.encoder, frames.to(model.device), chunk, autocast))
