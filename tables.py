@@ -285,7 +285,7 @@ def look(plan, store):
             ready.add(key)
             if not record or record["average"] != results.load_json(f"{out}/metrics.json")["average_mAP"]:
                 unrecorded.append(job)
-    run, needed = set(), set()
+    run, needed = set(), {(job.setting, job.seed, "data") for job in unrecorded}  # a record has the mAP under true classes
     for key, job in reversed(plan.jobs.items()):  # what needs a row comes before it
         if job.row == "data":
             present = os.path.exists(f"{job.data}/annotations.json")
@@ -418,11 +418,15 @@ def make_all(plan, text, held, signals):
         return True
 
     for job in unrecorded:
-        keep(job)
+        if os.path.exists(f"{job.data}/annotations.json"):
+            keep(job)
     print(f"{len(run)} jobs to run, {len(plan.jobs) - len(run)} done or not needed; {slots} at once" + (f" on GPUs {', '.join(gpus)}" if gpus else ""), flush=True)
     if not run:
         print(f"{path}.json has every row that was asked for; to make them again, name another --results and --runs")
     failed, skipped = schedule({k: needs(plan.jobs[k]) & run for k in plan.jobs if k in run}, start, ended, slots, lambda: len(signals))
+    for job in unrecorded:  # whose data had to be made again
+        if (job.setting, job.seed, "data") in run and os.path.exists(f"{job.data}/annotations.json"):
+            keep(job)
     results.write(path, text)
     for key in failed:
         print(f"failed: {plan.jobs[key].name}, see {plan.jobs[key].runs}/{plan.jobs[key].row}.log", file=sys.stderr)

@@ -264,6 +264,25 @@ def test_done_rows_are_taken_from_runs_or_records_and_mismatches_are_errors(tmp_
         patched.setattr(tables.toy, "VERSION", 99)
         with pytest.raises(SystemExit, match="toy.version: 2 there, 99 now"):
             tables.main(words)
+    # finished rows without a record, their data gone: it is made again, as a record has the mAP under true classes
+    for row in ("bmn_acp", "bmn_lofi"):
+        os.rename(f"{tmp_path}/gone-{row}", f"{tmp_path}/runs-11/{row}")
+    data = args.data.format(seed=11)
+    os.rename(data, f"{tmp_path}/gone-data")
+    again = tables.Plan(args)
+    assert tables.look(again, results.read(f"{args.results}.json")) == (set(), [])
+    run, unrecorded = tables.look(again, empty)
+    assert (run, len(unrecorded)) == ({(None, 11, "data")}, 3)
+
+    class Done:
+        poll = staticmethod(lambda: 0)
+
+    def make_data(*_, **__):
+        os.rename(f"{tmp_path}/gone-data", data)
+        return Done
+    monkeypatch.setattr(tables.subprocess, "Popen", make_data)
+    assert tables.main([*words, "--results", f"{tmp_path}/again"]) == 0
+    assert {r["row"] for r in results.read(f"{tmp_path}/again.json")["records"].values()} == {"acp", "bmn_acp", "bmn_lofi"}
     # folders do not count, other runs' names neither
     elsewhere = tables.Plan(arguments(tmp_path, tables=["A"], seeds=[11], runs="elsewhere/{seed}"))
     assert tables.look(elsewhere, results.read(f"{args.results}.json")) == (set(), [])
