@@ -187,7 +187,7 @@ def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=()):
     return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
             "true mAP": true_map, "true": true, "auc of AR@AN": metrics["AR"]["AUC"], "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
             "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
-            "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "after")} if probe else None,
+            "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "moving_average", "after")} if probe else None,
             "device": device, "machine": versions.get("machine") or ("unknown" if cuda else engine.machine_of(torch.device("cpu"))), "torch": versions.get("torch"), "threads": versions.get("threads"), "git": versions.get("git"),
             "precision": precision_of(cfg, cuda),
             "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(f"{folder}/metrics.json")))}
@@ -195,17 +195,19 @@ def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=()):
 
 # ---------------------------------------------------------------- Markdown
 
-PROBED = {"acp": "sola", "lofi": "lofi_sola"}  # raw features are probed in the run that lands on them
+PROBED = {  # name: (row, which of its probes): raw features are probed in the run that SoLa lands on them; a moving average over time is the simplest that might do the same
+    "acp": ("sola", "before"), "acp_smoothed": ("sola", "moving_average"), "lofi": ("lofi_sola", "before"), "lofi_smoothed": ("lofi_sola", "moving_average")}
 
 
 def value(rows, row, measure):
     """A measure of one seed's records {row: record}; None if it is not there."""
     probed = measure in ("auc", "accuracy")
-    record = rows.get(PROBED.get(row, row) if probed else row)
+    name, which = PROBED.get(row, (row, "after")) if probed else (row, None)
+    record = rows.get(name)
     if record is None:
         return None
     if probed:
-        return record["probe"]["before" if row in PROBED else "after"][measure] if record["probe"] else None
+        return (record["probe"] or {}).get(which, {}).get(measure)
     return record["mAP"].get(measure[1:]) if measure[0] == "@" else record["peak_memory_gb" if measure == "memory" else measure]
 
 
@@ -341,7 +343,7 @@ def made_on(records):
 
 def render(store, *, tables, claims, controls, memory, settings, compared, labels, commands, needs, design=(), chosen=(), notes=None):
     """The whole Markdown, from records alone. needs: {row: rows that it goes on from}; design: seeds that were looked at while the toy was made; chosen: (toy, tables that
-    are shown though they are empty); notes: Markdown put behind the verdicts."""
+    are shown though they are empty); notes: (toy, Markdown) for its section: what comes before the first ### in front of the verdicts, the rest behind."""
     records = list(store["records"].values())
     toys = sorted({r["toy"] for r in records}, key=lambda t: ([*commands, t.split()[0]].index(t.split()[0]), t))
     out = [MARK, "# The papers' tables in miniature", "Every claim of LoFi (NeurIPS 2021) and SoLa (CVPR 2023) that can be checked without their data, checked on toy data. "
@@ -360,11 +362,14 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
             command += f"`, then `{command} --sensitivity"
         out += [f"## Toy \"{toy}\"", f"Made by `{command}`.\n{made_on(mine)}"]
         judged, line = judge(seeds, claims), memory_line(seeds, memory)
+        short, heading, long = notes[1].partition("### ") if notes and toy == notes[0] else ("", "", "")
         if judged:
-            out += [counts_line(judged, claims), verdict_table(judged, seeds)]
+            out.append(counts_line(judged, claims))
+        out += [short.strip()] * bool(short.strip())
+        if judged:
+            out.append(verdict_table(judged, seeds))
         out += [line] * bool(line)
-        if notes and toy == toys[0]:
-            out.append(notes.strip())
+        out += [heading + long.strip()] * bool(heading)
         other = judge(seeds, controls, ("higher", "lower"))
         if other:
             out += ["### Controls: claimed by nobody, direction open", verdict_table(other, seeds, with_holm=False)]

@@ -124,6 +124,9 @@ CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the la
     ("C.3", "full fidelity over LoFi: what low fidelity loses", None, {"full": 1, "lofi": -1}, "average", "control"),
     ("C.4", "LoFi twice as long over ACP+ with background", None, {"twice": 1, "acp_plus_background": -1}, "average", "control"),
     ("C.5", "LoFi from ACP+ with background over ACP+ with background", None, {"on_background": 1, "acp_plus_background": -1}, "average", "control"),
+    ("C.6", "SoLa over a moving average of raw features, AUC of the linear probe", None, {"sola": 1, "acp_smoothed": -1}, "auc", "control"),
+    ("C.7", "LoFi + SoLa over a moving average of LoFi's features, AUC", None, {"lofi_sola": 1, "lofi_smoothed": -1}, "auc", "control"),
+    ("C.8", "LoFi + SoLa over LoFi, AUC of the linear probe", None, {"lofi_sola": 1, "lofi": -1}, "auc", "control"),
 ]
 MEMORY = ("s", "t", "st")  # claimed to need about the same
 
@@ -452,23 +455,25 @@ def main(argv=None):
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value", help="change config keys of all rows")
     parser.add_argument("--jobs", type=int, help="rows at once (the number of GPUs; on a CPU the cores, up to 4)")
     parser.add_argument("--results", default="RESULTS", help="where to write: RESULTS.md, RESULTS.json")
-    parser.add_argument("--notes", default=None, help="Markdown put behind the verdicts (docs/results_notes.md, if it is there)")
+    parser.add_argument("--notes", default=None, help="Markdown for the section of --toy: what comes before its first ### in front of the verdicts, the rest behind "
+                        "(toy small of RESULTS.md: docs/results_notes.md)")
     parser.add_argument("--render", action="store_true", help="only write RESULTS.md from RESULTS.json")
     args = parser.parse_args(argv)
     try:
         results.check_ours(f"{args.results}.md")
-        notes = args.notes or "docs/results_notes.md"
-        if args.notes and not os.path.isfile(notes):
-            raise FileNotFoundError(f"no file {notes} (--notes)")
+        if args.notes and not os.path.isfile(args.notes):
+            raise FileNotFoundError(f"no file {args.notes} (--notes)")
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"--jobs {args.jobs}: expected at least 1")
         plan = Plan(args)
 
         def text(store):
-            prose = open(notes).read() if os.path.isfile(notes) else None
+            ours = "docs/results_notes.md" if args.results == "RESULTS" else ""  # speaks of our numbers
+            path, label = (args.notes, plan.label) if args.notes else (ours, "small")
+            notes = (label, open(path).read()) if os.path.isfile(path) else None
             return results.render(store, tables=TABLES, claims=CLAIMS, controls=CONTROLS, memory=MEMORY, settings=SETTINGS, compared=COMPARED, labels=LABELS,
                                   needs=NEEDS, design=DESIGN_SEEDS,
-                                  commands={k: v[4] for k, v in TOYS.items()}, chosen=(plan.label, args.tables or ()), notes=prose)
+                                  commands={k: v[4] for k, v in TOYS.items()}, chosen=(plan.label, args.tables or ()), notes=notes)
         if args.render:
             if not os.path.exists(f"{args.results}.json"):
                 raise FileNotFoundError(f"no file {args.results}.json to render")

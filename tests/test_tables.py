@@ -88,7 +88,7 @@ def test_tables_and_claims_fit_each_other():
             papers |= {row: paper[3]} if paper else {}
     shown = {r for _, rows in tables.TABLES.values() for r in rows}
     for name, _, difference, weights, _, source in tables.CLAIMS + tables.CONTROLS:
-        assert set(weights) <= shown and sum(weights.values()) == pytest.approx(0)
+        assert set(weights) <= shown | results.PROBED.keys() and sum(weights.values()) == pytest.approx(0)
         if difference is not None:  # the difference that is quoted is that of the numbers in the tables
             assert sum(w * papers[row] for row, w in weights.items()) == pytest.approx(difference, abs=0.0051), name
     assert len({c[0] for c in tables.CLAIMS + tables.CONTROLS}) == len(tables.CLAIMS + tables.CONTROLS)
@@ -344,7 +344,7 @@ def test_rendering_of_hand_made_records():
     for seed, acp, icp, plus in ((11, 0.10, 0.08, 0.11), (12, 0.11, 0.08, 0.10), (13, 0.12, 0.08, 0.12)):
         records += [record(seed, "acp", acp, top1=0.5), record(seed, "icp", icp), record(seed, "acp_plus", plus), record(seed, "lofi", acp + 0.02, parameters=0),
                     record(seed, "acp_plus_background", acp + 0.03)]
-    text = rendered(records, notes="What the author reads in it.")
+    text = rendered(records, notes=("small", "In short.\n\n### At length\n\nWhat the author reads in it."))
     assert text.startswith(results.MARK) and "python tables.py`" in text and "abacus" in text and "Seeds 11, 12, 13; 15 runs, 2026-01-01; commit abc" in text
     verdicts = cells_of(text)
     assert verdicts["1.1: ACP over ICP"] == ["LoFi, Table 1", "+1.43", "+3.00 ± 1.00", "0.035", "3 of 3", "**reproduced**", "no", "+6.00 ± 2.00, p 0.035"]
@@ -353,7 +353,8 @@ def test_rendering_of_hand_made_records():
     assert len(verdicts) == 5  # the header and Table 1's claims: what has no rows is left out
     assert f"**Of {len(tables.CLAIMS)} claims 2 reproduced** (1 of them still after Holm), 2 within noise, 0 not reproduced; {len(tables.CLAIMS) - 4} not judged yet (2.1, 2.2" in text
     assert "made on seeds 0, 1, 11, 12, 2, 7, some of which are among these" in text and "which are not among these" in rendered([record(21, "acp", 0.1)])
-    assert text.index("**Of ") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
+    assert "In short." not in rendered(records, notes=("large", "In short."))  # another toy's
+    assert text.index("**Of ") < text.index("In short.") < text.index("| claim") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
     assert cells_of(text, "### Controls")["C.1: LoFi over ACP+ with background"][2:] == ["-1.00 ± 0.00", "< 0.001", "0 of 3", "**lower**", "-2.00 ± 0.00, p < 0.001"]
     rows = cells_of(text, "### Table 1")
     assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22.00 ± 2.00", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
@@ -371,7 +372,7 @@ def test_few_seeds_have_no_verdict_and_other_toys_their_own_section():
 
 def test_probe_and_memory():
     def probe(before, after):
-        return {"before": {"accuracy": 0.7, "auc": before}, "after": {"accuracy": 0.8, "auc": after}}
+        return {"before": {"accuracy": 0.7, "auc": before}, "moving_average": {"accuracy": 0.7, "auc": before + 0.3}, "after": {"accuracy": 0.8, "auc": after}}
     records = [r for seed, d in ((11, 0.1), (12, 0.2), (13, 0.3)) for r in (
         record(seed, "acp", 0.1), record(seed, "sola", 0.1, probe=probe(0.6, 0.6 + d)), *(record(seed, x, 0.1, device="cuda", peak_memory_gb=m) for x, m in (("s", 2.0), ("t", 2.2), ("st", 2.5))))]
     records += [record(11, "bmn_acp", 0.1, peak_memory_gb=None)]
@@ -381,6 +382,7 @@ def test_probe_and_memory():
     assert cells_of(rendered([r | {"peak_memory_gb": 0.25} if r["row"] == "sola" else r for r in records]), "### Table sola")["SoLa"][7] == "1.25"
     verdicts = cells_of(text)
     assert verdicts["sola.1: SoLa over raw features, AUC of the linear probe"][2:6] == ["+0.200 ± 0.100", "0.074", "3 of 3", "**within noise**"]  # t = 2 sqrt 3, 2 df
+    assert cells_of(text, "### Controls")["C.6: SoLa over a moving average of raw features, AUC of the linear probe"][2:6] == ["-0.100 ± 0.100", "0.225", "0 of 3", "**within noise**"]
     assert verdicts["sola.2: SoLa over raw features, mAP"][2:6] == ["+0.00 ± 0.00", "1.000", "0 of 3", "**within noise**"]
     assert "2.00 / 2.20 / 2.50 GB, largest / smallest 1.25, to be at most 1.20: **not reproduced**" in text and "about the same memory" not in rendered([r for r in records if r["seed"] < 13])
     assert "largest / smallest 1.10, to be at most 1.20: **reproduced**" in rendered([r | {"peak_memory_gb": 2.2} if r["row"] == "st" else r for r in records])
