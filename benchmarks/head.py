@@ -1,6 +1,7 @@
-"""Speed and memory of the folded G-TAD head against the materialising one: same weights, same input, one run.
+"""Speed and memory of the folded G-TAD and BMN heads against the materialising ones: same weights, same input, one run.
 
     python benchmarks/head.py                  # ActivityNet sizes; batch 4 on CPU, batch 16 on a GPU where there is one
+    python benchmarks/head.py --head bmn       # BMN, its release's sizes
     python benchmarks/head.py --batch 1 --length 50 --repeats 9
 
 A step is forward, loss and backward. Times are medians over alternating steps after a warm-up. CPU memory is the growth
@@ -18,15 +19,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.gtad_materialised import materialised  # noqa: E402
+from benchmarks import bmn_materialised, gtad_materialised  # noqa: E402
+from bmn import BMN  # noqa: E402
 from gtad import GTAD, loss_weights, losses, make_targets  # noqa: E402
 
-HEADS = {"folded": lambda head, x: head(x), "materialised": materialised}
+HEADS = {"gtad": (GTAD, gtad_materialised.materialised, 512), "bmn": (BMN, bmn_materialised.materialised, 400)}
+WAYS = "folded", "materialised"
 
 
 def setup(args, device):
     torch.manual_seed(0)
-    head = GTAD(in_channels=args.channels).to(device)
+    make, materialised, _ = HEADS[args.head]
+    head = make(in_channels=args.channels).to(device)
     x = torch.randn(args.batch, args.channels, args.length, device=device, requires_grad=True)
     targets = make_targets([torch.tensor([[0.2, 0.5], [0.6, 0.9]])] * args.batch, args.length, device=device)
     weights = loss_weights(targets, generator=torch.Generator().manual_seed(0))
@@ -35,7 +39,7 @@ def setup(args, device):
         head.zero_grad()
         x.grad = None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = HEADS[name](head, x)
+            outputs = head(x) if name == "folded" else materialised(head, x)
         terms = losses(*outputs, targets, weights)
         (terms["node"] + 10 * terms["regression"] + terms["classification"]).backward()
         return [output.detach() for output in outputs], x.grad
@@ -51,9 +55,9 @@ def difference(step):
 
 def seconds(step, repeats, synchronise=lambda: None, **arguments):
     """{name: (median, min, max) seconds}; the two alternate, so that a busy machine is busy for both."""
-    times = {name: [] for name in HEADS}
+    times = {name: [] for name in WAYS}
     for repeat in range(repeats + 1):
-        for name in HEADS:
+        for name in WAYS:
             synchronise()
             begin = time.perf_counter()
             step(name, **arguments)
@@ -82,9 +86,9 @@ def report(title, times, memory):
 
 def on_cpu(args):
     # Memory first: on Linux a child's high-water mark starts at its parent's, which must still be small.
-    options = [f"--{key}={getattr(args, key)}" for key in ("batch", "length", "channels", "threads")]
+    options = [f"--{key}={getattr(args, key)}" for key in ("head", "batch", "length", "channels", "threads")]
     memory = {name: float(subprocess.run([sys.executable, __file__, "--memory", name, *options], check=True,
-                                         stdout=subprocess.PIPE, text=True).stdout) for name in HEADS}
+                                         stdout=subprocess.PIPE, text=True).stdout) for name in WAYS}
     step = setup(args, torch.device("cpu"))
     print("largest difference of outputs %.1e, of the gradient (relative) %.1e" % difference(step))
     times = seconds(step, args.repeats)
@@ -99,7 +103,7 @@ def on_gpu(args):
           % (torch.cuda.get_device_name(), *difference(step)))
     for dtype in (torch.float32, torch.bfloat16):
         times, memory = seconds(step, args.repeats, torch.cuda.synchronize, dtype=dtype), {}
-        for name in HEADS:
+        for name in WAYS:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step(name, dtype)
@@ -109,13 +113,15 @@ def on_gpu(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", choices=HEADS, default="gtad")
     parser.add_argument("--batch", type=int, help="videos; default 4 on CPU, 16 on GPU")
     parser.add_argument("--length", type=int, default=100, help="L, snippets a video")
-    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--channels", type=int, help="C; default 512, BMN 400")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", choices=HEADS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.channels = args.channels or HEADS[args.head][2]
     torch.set_num_threads(args.threads)
     if args.memory:
         print(resident_growth(args, args.memory))
@@ -123,7 +129,7 @@ def main():
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     models = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
     cpu = f"{len(models)} x {models[0]}" if models else platform.processor()
-    print(f"G-TAD head, C = {args.channels}, L = D = {args.length}; "
+    print(f"{args.head} head, C = {args.channels}, L = D = {args.length}; "
           f"python {platform.python_version()}, torch {torch.__version__}, {cpu}")
     batch = args.batch
     args.batch = batch or 4

@@ -1,9 +1,8 @@
-"""bmn.py against a loop over its sampling points and the network with its whole (C, samples, L, L) map."""
-import math
-
+"""bmn.py against a loop over its sampling points and the network with its whole (hidden, samples, L, L) map."""
 import pytest
 import torch
 
+from benchmarks.bmn_materialised import materialised, pair_weights
 from bmn import BMN, load_official, sample
 from gtad import decode, loss_weights, losses, make_targets
 
@@ -13,37 +12,6 @@ SMALL = dict(in_channels=8, hidden=12, map_hidden=(10, 6), samples=32)
 def small(**changes):
     torch.manual_seed(0)
     return BMN(**{**SMALL, **changes})
-
-
-def pair_weights(s, e, L, samples):
-    """(samples, L) of one pair, point by point."""
-    weights = torch.zeros(samples, L, dtype=torch.float64)
-    n = e + 1 - s
-    low, high = s - (n + 1) / 2, e + 1 + (n + 1) / 2
-    for i in range(3 * samples):
-        p = low + (high - low) / (3 * samples - 1) * i
-        if -1 < p < 0:
-            p = 0.0                                         # rounded towards zero, as the release does
-        for snippet, share in ((math.floor(p), 1 - (p - math.floor(p))), (math.floor(p) + 1, p - math.floor(p))):
-            if 0 <= snippet < L:
-                weights[i // 3, snippet] += share / 3
-    return weights
-
-
-def materialised(head, x):
-    base = head.x_1d_b(x)
-    L, samples = x.shape[2], head.samples
-    weights = torch.zeros(L, L, samples, L, dtype=x.dtype)
-    for s in range(L):
-        for e in range(s, L):
-            weights[s, e] = pair_weights(s, e, L, samples)
-    sampled = torch.einsum("bcl,uvnl->bcnuv", head.x_1d_p(base), weights)
-    pairs = head.x_2d_p(head.x_3d_p(sampled).squeeze(2))                                # (B, 2, start, end)
-    map = torch.zeros_like(pairs)
-    for d in range(L):
-        for s in range(L - d):
-            map[:, :, d, s] = pairs[:, :, s, s + d]
-    return head.x_1d_s(base).squeeze(1), head.x_1d_e(base).squeeze(1), map
 
 
 @pytest.mark.parametrize("L", [1, 7, 20])
