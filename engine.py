@@ -197,6 +197,11 @@ def peak_memory_gb(device):
     """Peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if os.path.exists("/proc/self/status"):  # Linux, where ru_maxrss begins with the peak of the program that started this one
+        with open("/proc/self/status") as f:
+            own = [int(line.split()[1]) * 1024 / 1e9 for line in f if line.startswith("VmHWM")]
+        if own:
+            return own[0]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -24,7 +24,8 @@ import evaluate
 
 MARK = "<!-- made by tables.py -->"
 LEVEL = 0.05  # of every test
-MEASURES = {"average": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 3)}  # factor and decimals to show; "@0.75" and "true" are as "average"
+MEASURES = {"average": (100, 2), "recall": (100, 2), "auc": (1, 3), "accuracy": (100, 1), "memory": (1, 3)}  # factor and decimals to show; "@0.75" and "true" are as "average"
+KEYS = {"memory": "peak_memory_gb", "recall": "auc of AR@AN"}  # of a record, where not the measure's name
 
 
 # ---------------------------------------------------------------- statistics
@@ -208,7 +209,7 @@ def value(rows, row, measure):
         return None
     if probed:
         return (record["probe"] or {}).get(which, {}).get(measure)
-    return record["mAP"].get(measure[1:]) if measure[0] == "@" else record["peak_memory_gb" if measure == "memory" else measure]
+    return record["mAP"].get(measure[1:]) if measure[0] == "@" else record[KEYS.get(measure, measure)]
 
 
 def combine(seeds, weights, measure="average"):
@@ -251,19 +252,25 @@ def verdict_table(judged, seeds, with_holm=True):
         lines.append([f"{name}: {sentence}", source, "-" if paper is None else f"{paper:+.2f}", ours, p, f"{test['ahead']} of {test['n']}", f"**{verdict}**",
                       *(["-" if "reproduced" not in verdict else "yes" if held else "no"] if with_holm else []),
                       "" if true is None else spread(combine(seeds, weights, "true"), sign="+") + f", p {p_of(true)}"])
-    return evaluate._table(["claim", "source", "paper", "here", "p", "seeds ahead", "verdict", *["holds after Holm"] * with_holm, "with true classes"], lines)
+    return evaluate._table(["claim", "source", "paper", "here", "p", "seeds ahead", "verdict", *["after Holm"] * with_holm, "with true classes"], lines)
 
 
-def memory_line(seeds, rows):
-    """Whether the low-fidelity configurations need about the same memory; None before 3 seeds have all of them."""
-    values = [combine(seeds, {row: 1}, "memory") for row in rows]
-    if min(map(len, values)) < 3:
-        return None
-    means = [np.mean(v) for v in values]
-    ratio, text = max(means) / min(means), " / ".join(f"{m:.2f}" for m in means)
-    sentence = f"S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text} GB, largest / smallest {ratio:.2f}"
-    word = "reproduced" if ratio <= 1.2 else "not reproduced"
-    return f"{sentence}, to be at most 1.20: **{word}**."
+def memory_lines(seeds, rows, cycles, small, large):
+    """Claims about memory, which has no spread worth a test: that `rows` need about the same, and `small` less than `large`; none before 3 seeds have what it takes."""
+    def gb(row):
+        values = combine(seeds, {row: 1}, "memory")
+        return np.mean(values) if len(values) >= 3 else None
+
+    def text(means, decimals=2):
+        return " / ".join(f"{m:.{decimals}f}" for m in means) + " GB"
+    lines, means, other = [], [gb(row) for row in rows], [m for m in map(gb, cycles) if m is not None]
+    if None not in means:
+        ratio = max(means) / min(means)
+        lines.append(f"- S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text(means)}, largest / smallest {ratio:.2f}, to be at most 1.20: "
+                     f"**{'reproduced' if ratio <= 1.2 else 'not reproduced'}**." + (f" Cycles over them: {text(other)}." if other else ""))
+    if (a := gb(small)) is not None and (b := gb(large)) is not None:
+        lines.append(f"- SoLa trains in less memory than an encoder end to end (SoLa, introduction): {text((a, b), 3)}, 1/{b / a:.1f}: **{'reproduced' if a < b else 'not reproduced'}**.")
+    return lines
 
 
 def counts_line(judged, claims):
@@ -271,7 +278,7 @@ def counts_line(judged, claims):
     known = {j[0][0]: j[2] for j in judged if j[2] != "no verdict"}
     verdicts, open_ones = list(known.values()), [c[0] for c in claims if c[0] not in known]
     held = sum(bool(j[3]) for j in judged if j[2] == "reproduced")
-    line = f"**Of {len(claims)} claims {verdicts.count('reproduced')} reproduced** ({held} of them still after Holm), {verdicts.count('within noise')} within noise, "
+    line = f"**Of {len(claims)} claims {verdicts.count('reproduced')} reproduced** ({held} of them still after Holm over the {len(verdicts)} judged), {verdicts.count('within noise')} within noise, "
     return line + f"{verdicts.count('not reproduced')} not reproduced" + (f"; {len(open_ones)} not judged yet ({', '.join(open_ones)})." if open_ones else ".")
 
 
@@ -288,9 +295,9 @@ def table(name, title, rows, seeds, needs):
     for row, (label, reference, paper) in rows.items():
         records = [s[row] for s in seeds.values() if row in s]
         cells = [label, *(spread(combine(seeds, {row: 1}, m)) for m in ("@0.5", "@0.75", "@0.95", "average"))]
-        cells += [spread(combine(seeds, {row: 1, reference: -1}), sign="+") if reference else "", spread(combine(seeds, {row: 1}, "true"))]
+        cells += [spread(combine(seeds, {row: 1, reference: -1}), sign="+") if reference else "", spread(combine(seeds, {row: 1}, "true")), spread(combine(seeds, {row: 1}, "recall"), 1)]
         seconds, memory = [r["seconds"] for r in records], [peak for peak in (peak_of(s, row, needs) for s in seeds.values() if row in s) if peak is not None]
-        cells += [f"{np.mean(seconds):.0f}" if seconds else "-", f"{np.mean(memory):.2f}" if memory else "-", f"{records[0]['parameters'] / 1e6:.2f}" if records else "-"]
+        cells += [f"{np.median(seconds):.0f}" if seconds else "-", f"{np.mean(memory):.2f}" if memory else "-", f"{records[0]['parameters'] / 1e6:.2f}" if records else "-"]
         if top1:
             accuracy = [r["top1"] for r in records if r["top1"] is not None]
             cells.append(f"{100 * np.mean(accuracy):.1f}" if accuracy else "")
@@ -299,14 +306,17 @@ def table(name, title, rows, seeds, needs):
         other = rows.get(reference, (None,) * 3)[2]
         cells += [len(records), " / ".join(f"{x:.2f}" for x in paper) if paper else "", f"{paper[3] - other[3]:+.2f}" if paper and other else ""]
         lines.append(cells)
-    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "true classes", "seconds", "peak GB", "trained M", *["own top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
+    header = ["mAP (%)", "@0.5", "@0.75", "@0.95", "average", "over its ACP", "true classes", "AR@AN area", "seconds", "peak GB", "trained M", *["own top-1"] * top1, *["probe accuracy", "probe AUC"] * probe,
               "seeds", "paper: @0.5 / 0.75 / 0.95 / average", "over its ACP"]
     used = [r for s in seeds.values() for k, r in s.items() if k in rows]
+    lengths = {cells[header.index("seeds")] for cells in lines} - {0}
     below = f"Classes from the {', '.join(sorted({r['class_source'] for r in used}))}." if used else ""
     if top1:
         below += " Own top-1: accuracy (%) of the encoder on held-out clips of its own task (ICP: 24 kinds of stills; Arrow, Speed: 2 ways to play a clip), which differs from row to row."
     if any(not r["device"].startswith("cuda") for r in used):
         below += " Peak memory on a CPU: resident memory above that of a process that has loaded the libraries and trains nothing."
+    if len(lengths) > 1:
+        below += " Rows differ in their number of seeds: a row's mean is over its own, what it is over its ACP over those that both have."
     return f"### Table {name}: {title}\n\n{evaluate._table(header, lines)}\n\n{below}"
 
 
@@ -328,7 +338,7 @@ def sensitivity(records, toy, rows, labels, settings):
 
 
 def several(values):
-    return ", ".join(sorted({str(v) for v in values if v is not None})) or "unknown"
+    return ", ".join(map(str, sorted({v for v in values if v is not None}))) or "unknown"
 
 
 def made_on(records):
@@ -341,17 +351,26 @@ def made_on(records):
     return "\n".join(lines)
 
 
-def render(store, *, tables, claims, controls, memory, settings, compared, labels, commands, needs, design=(), chosen=(), notes=None):
-    """The whole Markdown, from records alone. needs: {row: rows that it goes on from}; design: seeds that were looked at while the toy was made; chosen: (toy, tables that
-    are shown though they are empty); notes: (toy, Markdown) for its section: what comes before the first ### in front of the verdicts, the rest behind."""
+def summary(seeds, rows, needs):
+    """Markdown of the first table in short, None if no seed has any of its rows."""
+    lines = [[rows[row][0], *(spread(combine(seeds, {row: 1}, m), 1) for m in ("average", "true", "recall")),
+              f"{np.mean([peak_of(s, row, needs) or 0 for s in seeds.values() if row in s]):.2f}"] for row in rows if any(row in s for s in seeds.values())]
+    return evaluate._table(["%", "average mAP", "with true classes", "AR@AN area", "peak GB"], lines) if lines else None
+
+
+def render(store, *, tables, claims, controls, memory, settings, compared, labels, commands, needs, design=(), chosen=(), notes={}):
+    """The whole Markdown, from records alone. memory: arguments of memory_lines; needs: {row: rows that it goes on from}; design: seeds that were looked at while the toy was
+    made; chosen: (toy, tables that are shown though they are empty); notes: {toy: Markdown}, what comes before its first ### in front of the verdicts, the rest behind."""
     records = list(store["records"].values())
     toys = sorted({r["toy"] for r in records}, key=lambda t: ([*commands, t.split()[0]].index(t.split()[0]), t))
     out = [MARK, "# The papers' tables in miniature", "Every claim of LoFi (NeurIPS 2021) and SoLa (CVPR 2023) that can be checked without their data, checked on toy data. "
+           "The toy: short untrimmed videos of three moving sprites, of which one acts, now and then; it moves alike but less around its actions, and the other two at times of their own. "
            "This is not ActivityNet: **the order of the rows can be compared, their height cannot.** Differences are in points of average mAP (%), or of what the claim names; "
            "± is the standard deviation over seeds; \"paper\" is ActivityNet-1.3, \"-\" where the paper, or the part of it at hand, has no number.",
            "How a claim is judged: each seed draws data, encoders and heads anew. A two-sided paired t-test over seeds asks whether the difference is 0. *Reproduced*: "
            "the claimed direction and p < 0.05. *Not reproduced*: the other direction and p < 0.05. *Within noise*: neither. *No verdict*: fewer than 3 seeds. "
-           "Claims are tested one by one; the last column says whether the verdict also holds when all are tested at once (Holm-Bonferroni at 0.05)."]
+           "Claims are tested one by one; \"after Holm\" says whether the verdict also holds when all are tested at once (Holm-Bonferroni at 0.05). Rows take classes from their own "
+           "video classifier, and the verdicts are on that; *with true classes* is the same of the same proposals under each video's true classes: localization alone."]
     for toy in toys:
         mine = [r for r in records if r["toy"] == toy]
         seeds = {s: {r["row"]: r for r in mine if r["seed"] == s and not r["setting"]} for s in sorted({r["seed"] for r in mine})}
@@ -361,14 +380,15 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
         if any(r["setting"] for r in mine):
             command += f"`, then `{command} --sensitivity"
         out += [f"## Toy \"{toy}\"", f"Made by `{command}`.\n{made_on(mine)}"]
-        judged, line = judge(seeds, claims), memory_line(seeds, memory)
-        short, heading, long = notes[1].partition("### ") if notes and toy == notes[0] else ("", "", "")
+        judged, lines = judge(seeds, claims), memory_lines(seeds, *memory)
+        short, heading, long = notes.get(toy, "").partition("### ")
         if judged:
             out.append(counts_line(judged, claims))
         out += [short.strip()] * bool(short.strip())
         if judged:
-            out.append(verdict_table(judged, seeds))
-        out += [line] * bool(line)
+            out += [x for x in (summary(seeds, tables["1"][1], needs),) if x] + [verdict_table(judged, seeds)]
+        if lines:
+            out.append("Of memory, without a test:\n\n" + "\n".join(lines))
         out += [heading + long.strip()] * bool(heading)
         other = judge(seeds, controls, ("higher", "lower"))
         if other:
@@ -389,9 +409,10 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
                                                                           ", which are not among these."),
         "- Not checked here, as they need the real data sets: LoFi's Tables 3 and 4 (state of the art), all columns on HACS, supplementary Table B; SoLa's tables.",
         "- Classes come from the run's own video classifier, whose features differ from row to row; the papers take them from one external classifier for all rows. \"With true classes\" is "
-        "average mAP (%) of the same proposals under each video's true class: localization alone. The verdicts are on the former.",
-        "- \"seconds\" is all that a row's result took: its encoder and what that was made from, features, head, detection. Rows that run side by side slow each other down.",
+        "average mAP (%) of the same proposals under each video's true classes. The verdicts are on the former. AR@AN area: under the curve of average recall over the number of proposals, "
+        "up to 100 a video; no classes in it.",
+        "- \"seconds\" (median over seeds) is all that a row's result took: its encoder and what that was made from, features, head, detection. Rows that run side by side slow each other down.",
         "- \"trained M\": parameters (millions) of the encoder or of SoLa that the row itself trained; the head is not counted. 0: it trained a head only.",
-        "- Peak memory is that of training a row's encoder, the encoder that it goes on from, or SoLa, whichever took most: batch, head and optimizer included. Memory of one video's step at larger sizes: benchmarks/README.md.",
-        "- With few seeds a true difference can stay within noise; with many claims one in twenty is significant by chance. Holm's column guards against the latter."])]
+        "- Peak memory is that of training a row's encoder, the encoder that it goes on from, or SoLa, whichever took most: batch, head and optimizer included. Resident memory of a CPU process grows with each new shape, so cycles seem to need more than what they cycle through. Memory of one video's step at larger sizes: benchmarks/README.md.",
+        "- With few seeds a true difference can stay within noise; with many claims one in twenty is significant by chance. The column \"after Holm\" guards against the latter."])]
     return "\n\n".join(out) + "\n"

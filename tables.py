@@ -1,10 +1,10 @@
 """The papers' tables in miniature: rows on toy data over several seeds, beside the papers' numbers, and a verdict on each of the papers' claims.
 
-    python tables.py                            all tables on the small toy, five seeds: hours on two cores; writes RESULTS.md and RESULTS.json
+    python tables.py                            all tables on the small toy, five seeds: hours on two cores; writes runs/RESULTS.md and runs/RESULTS.json
     python tables.py --tables 1 2 --seeds 21    some of it
     python tables.py --toy large --tables 1 2   for one GPU
     python tables.py --sensitivity              Table 1 with one of the toy's knobs turned at a time
-    python tables.py --render                   RESULTS.md from RESULTS.json alone
+    python tables.py --render                   RESULTS.md from RESULTS.json alone; --results RESULTS: the project's own
 
 A seed draws the data (toy.py), the encoders and the heads. Each row is one run of lofi_tal.py; rows share what they have in common, such as the ACP encoder.
 Started again it goes on where it stopped. A row is done if its run has a metrics.json, or RESULTS.json its record, of the very config that is asked for; rows that ./train.sh
@@ -97,6 +97,7 @@ CLAIMS = [
     ("1.2", "ACP+ over ACP", 0.25, {"acp_plus": 1, "acp": -1}, "average", "LoFi, Table 1"),
     ("1.3", "LoFi over ACP", 0.90, {"lofi": 1, "acp": -1}, "average", "LoFi, Table 1"),
     ("1.4", "LoFi over ACP+", 0.65, {"lofi": 1, "acp_plus": -1}, "average", "LoFi, Table 1"),
+    ("1.5", "LoFi brings most: over ACP+, more than ACP+ over ACP", 0.40, {"lofi": 1, "acp_plus": -2, "acp": 1}, "average", "LoFi, Table 1"),
     ("2.1", "S-LoFi over ACP", 0.53, {"s": 1, "acp": -1}, "average", "LoFi, Table 2"),
     ("2.2", "T-LoFi over ACP", 0.73, {"t": 1, "acp": -1}, "average", "LoFi, Table 2"),
     ("2.3", "ST-LoFi over ACP", 0.53, {"st": 1, "acp": -1}, "average", "LoFi, Table 2"),
@@ -116,7 +117,6 @@ CLAIMS = [
     ("A.1", "LoFi over ACP with BMN", None, {"bmn_lofi": 1, "bmn_acp": -1}, "average", "LoFi, suppl. Table A"),
     ("sola.1", "SoLa over raw features, AUC of the linear probe", None, {"sola": 1, "acp": -1}, "auc", "SoLa"),
     ("sola.2", "SoLa over raw features, mAP", None, {"sola": 1, "acp": -1}, "average", "SoLa"),
-    ("sola.3", "SoLa trains in less memory than LoFi end to end: GB saved", None, {"lofi": 1, "sola": -1}, "memory", "SoLa"),
 ]
 CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the labels of background alone can bring
     ("C.1", "LoFi over ACP+ with background", None, {"lofi": 1, "acp_plus_background": -1}, "average", "control"),
@@ -127,8 +127,11 @@ CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the la
     ("C.6", "SoLa over a moving average of raw features, AUC of the linear probe", None, {"sola": 1, "acp_smoothed": -1}, "auc", "control"),
     ("C.7", "LoFi + SoLa over a moving average of LoFi's features, AUC", None, {"lofi_sola": 1, "lofi_smoothed": -1}, "auc", "control"),
     ("C.8", "LoFi + SoLa over LoFi, AUC of the linear probe", None, {"lofi_sola": 1, "lofi": -1}, "auc", "control"),
+    ("C.9", "mean of S, T, ST alone over ACP+", None, {"s": 1 / 3, "t": 1 / 3, "st": 1 / 3, "acp_plus": -1}, "average", "control"),
+    ("C.10", "LoFi over ACP+ with background, area under AR@AN", None, {"lofi": 1, "acp_plus_background": -1}, "recall", "control"),
+    ("C.11", "LoFi from ACP+ with background over ACP+ with background, area under AR@AN", None, {"on_background": 1, "acp_plus_background": -1}, "recall", "control"),
 ]
-MEMORY = ("s", "t", "st")  # claimed to need about the same
+MEMORY = ("s", "t", "st"), ("short", "lofi"), "sola", "lofi"  # claimed to need about the same; what cycles through them; claimed to need less than the one behind it
 
 DESIGN_SEEDS = (0, 1, 2, 7, 11, 12)  # looked at while the toy and its recipe were made
 
@@ -266,6 +269,10 @@ class Plan:
 
 def look(plan, store):
     """(keys of the jobs that have to run, jobs that are done but not in the records yet). ValueError where something else is there than is asked for."""
+    here, there = "cuda" if plan.gpus else "cpu", {r["device"].partition(":")[0] for r in store["records"].values() if r["toy"] == plan.label}
+    if there - {here}:
+        raise ValueError(f"{plan.args.results}.json holds rows of toy {plan.label} made on {', '.join(sorted(there))}, this is {here}: seconds and memory do not compare; "
+                         "name another --results (and --runs)")
     ready, recorded, unrecorded, hashes = set(), set(), [], {}
     for r in store["records"].values():
         if r["toy"] == plan.label:
@@ -454,23 +461,18 @@ def main(argv=None):
     parser.add_argument("--runs", help="folder of the runs, one a row (runs/toy-{seed})")
     parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value", help="change config keys of all rows")
     parser.add_argument("--jobs", type=int, help="rows at once (the number of GPUs; on a CPU the cores, up to 4)")
-    parser.add_argument("--results", default="RESULTS", help="where to write: RESULTS.md, RESULTS.json")
-    parser.add_argument("--notes", default=None, help="Markdown for the section of --toy: what comes before its first ### in front of the verdicts, the rest behind "
-                        "(toy small of RESULTS.md: docs/results_notes.md)")
+    parser.add_argument("--results", default="runs/RESULTS", help="where to write: PATH.md, PATH.json (runs/RESULTS; RESULTS is the project's own, with its remarks, docs/results_TOY.md)")
     parser.add_argument("--render", action="store_true", help="only write RESULTS.md from RESULTS.json")
     args = parser.parse_args(argv)
     try:
         results.check_ours(f"{args.results}.md")
-        if args.notes and not os.path.isfile(args.notes):
-            raise FileNotFoundError(f"no file {args.notes} (--notes)")
         if args.jobs is not None and args.jobs < 1:
             raise ValueError(f"--jobs {args.jobs}: expected at least 1")
         plan = Plan(args)
 
         def text(store):
-            ours = "docs/results_notes.md" if args.results == "RESULTS" else ""  # speaks of our numbers
-            path, label = (args.notes, plan.label) if args.notes else (ours, "small")
-            notes = (label, open(path).read()) if os.path.isfile(path) else None
+            remarks = {name: f"{HERE}/docs/results_{name}.md" for name in TOYS} if args.results == "RESULTS" else {}  # they speak of our numbers
+            notes = {name: open(path).read() for name, path in remarks.items() if os.path.isfile(path)}
             return results.render(store, tables=TABLES, claims=CLAIMS, controls=CONTROLS, memory=MEMORY, settings=SETTINGS, compared=COMPARED, labels=LABELS,
                                   needs=NEEDS, design=DESIGN_SEEDS,
                                   commands={k: v[4] for k, v in TOYS.items()}, chosen=(plan.label, args.tables or ()), notes=notes)

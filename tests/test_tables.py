@@ -61,7 +61,7 @@ def test_holm_rejects_step_by_step():
 
 def arguments(tmp_path=None, **changes):
     folders = dict(data=f"{tmp_path}/data-{{seed}}", runs=f"{tmp_path}/runs-{{seed}}", results=f"{tmp_path}/out/RESULTS") if tmp_path else dict(data=None, runs=None, results="RESULTS")
-    return argparse.Namespace(**dict(toy="small", knob=[], set=[], seeds=None, sensitivity=False, sensitivity_seeds=[11, 12], tables=None, jobs=1, notes=None) | folders | changes)
+    return argparse.Namespace(**dict(toy="small", knob=[], set=[], seeds=None, sensitivity=False, sensitivity_seeds=[11, 12], tables=None, jobs=1) | folders | changes)
 
 
 @pytest.mark.parametrize("name", ["small", "large"])
@@ -260,6 +260,9 @@ def test_done_rows_are_taken_from_runs_or_records_and_mismatches_are_errors(tmp_
     for change in ("--seeds 12 --set lofi.lr=0.5", "--set precision=bfloat16"):
         with pytest.raises(SystemExit, match="(?s)another (acp|bmn_lofi).*(lofi.lr: 0.001 there, 0.5 now|precision: 'float32' there, 'bfloat16' now)"):
             tables.main([*words, *change.split(), "--data", f"{tmp_path}/data-{{seed}}", "--runs", f"{tmp_path}/new-{{seed}}"])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="holds rows of toy small made on cpu, this is cuda: .*another --results"):
+        patched.setattr(tables, "gpus_of", lambda cfg: ["0"])
+        tables.main([*words, "--set", "precision=float32"])
     with monkeypatch.context() as patched:
         patched.setattr(tables.toy, "VERSION", 99)
         with pytest.raises(SystemExit, match="toy.version: 2 there, 99 now"):
@@ -322,7 +325,7 @@ def test_a_second_program_on_the_same_runs_is_refused(tmp_path):
 
 def record(seed, row, average, toy="small", setting=None, **changes):
     return dict(toy=toy, setting=setting, seed=seed, row=row, hash="h", words=[], mAP={"0.5": 2 * average, "0.75": average, "0.95": 0.01}, average=average, true=2 * average, seconds=10.0 + seed,
-                class_source="video classifier of the run", peak_memory_gb=1.25, parameters=2_500_000, top1=None, probe=None, device="cpu", machine="abacus", torch="2.11",
+                class_source="video classifier of the run", **{"auc of AR@AN": 0.5 + average}, peak_memory_gb=1.25, parameters=2_500_000, top1=None, probe=None, device="cpu", machine="abacus", torch="2.11",
                 precision="float32", threads=1, git="abc", date="2026-01-01") | changes
 
 
@@ -344,29 +347,33 @@ def test_rendering_of_hand_made_records():
     for seed, acp, icp, plus in ((11, 0.10, 0.08, 0.11), (12, 0.11, 0.08, 0.10), (13, 0.12, 0.08, 0.12)):
         records += [record(seed, "acp", acp, top1=0.5), record(seed, "icp", icp), record(seed, "acp_plus", plus), record(seed, "lofi", acp + 0.02, parameters=0),
                     record(seed, "acp_plus_background", acp + 0.03)]
-    text = rendered(records, notes=("small", "In short.\n\n### At length\n\nWhat the author reads in it."))
+    text = rendered(records, notes={"small": "In short.\n\n### At length\n\nWhat the author reads in it."})
     assert text.startswith(results.MARK) and "python tables.py`" in text and "abacus" in text and "Seeds 11, 12, 13; 15 runs, 2026-01-01; commit abc" in text
-    verdicts = cells_of(text)
+    verdicts = cells_of(text, "| claim")
     assert verdicts["1.1: ACP over ICP"] == ["LoFi, Table 1", "+1.43", "+3.00 ± 1.00", "0.035", "3 of 3", "**reproduced**", "no", "+6.00 ± 2.00, p 0.035"]
     assert verdicts["1.2: ACP+ over ACP"] == ["LoFi, Table 1", "+0.25", "+0.00 ± 1.00", "1.000", "1 of 3", "**within noise**", "-", "+0.00 ± 2.00, p 1.000"]
     assert verdicts["1.3: LoFi over ACP"] == ["LoFi, Table 1", "+0.90", "+2.00 ± 0.00", "< 0.001", "3 of 3", "**reproduced**", "yes", "+4.00 ± 0.00, p < 0.001"]
-    assert len(verdicts) == 5  # the header and Table 1's claims: what has no rows is left out
-    assert f"**Of {len(tables.CLAIMS)} claims 2 reproduced** (1 of them still after Holm), 2 within noise, 0 not reproduced; {len(tables.CLAIMS) - 4} not judged yet (2.1, 2.2" in text
-    assert "made on seeds 0, 1, 11, 12, 2, 7, some of which are among these" in text and "which are not among these" in rendered([record(21, "acp", 0.1)])
-    assert "In short." not in rendered(records, notes=("large", "In short."))  # another toy's
-    assert text.index("**Of ") < text.index("In short.") < text.index("| claim") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
+    assert verdicts["1.5: LoFi brings most: over ACP+, more than ACP+ over ACP"][1:4] == ["+0.40", "+2.00 ± 2.00", "0.225"]  # 0, 4, 2: t = sqrt 3
+    assert len(verdicts) == 6  # the header and Table 1's claims: what has no rows is left out
+    assert f"**Of {len(tables.CLAIMS)} claims 2 reproduced** (1 of them still after Holm over the 5 judged), 3 within noise, 0 not reproduced; {len(tables.CLAIMS) - 5} not judged yet (2.1, 2.2" in text
+    assert "made on seeds 0, 1, 2, 7, 11, 12, some of which are among these" in text and "which are not among these" in rendered([record(21, "acp", 0.1)])
+    assert "In short." not in rendered(records, notes={"large": "In short."})  # another toy's
+    assert text.index("**Of ") < text.index("In short.") < text.index("with true classes | AR@AN area | peak GB |") < text.index("| claim") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
+    assert cells_of(text, "In short")["ACP+"] == ["11.0 ± 1.0", "22.0 ± 2.0", "61.0 ± 1.0", "1.25"] and "number of seeds" not in text
+    assert "Rows differ in their number of seeds" in rendered(records[:-2])
+    assert cells_of(text, "### Controls")["C.10: LoFi over ACP+ with background, area under AR@AN"][2] == "-1.00 ± 0.00"
     assert cells_of(text, "### Controls")["C.1: LoFi over ACP+ with background"][2:] == ["-1.00 ± 0.00", "< 0.001", "0 of 3", "**lower**", "-2.00 ± 0.00, p < 0.001"]
     rows = cells_of(text, "### Table 1")
-    assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22.00 ± 2.00", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
-    assert rows["ICP"][4:] == ["-3.00 ± 1.00", "16.00 ± 0.00", "22", "1.25", "2.50", "", "3", "48.45 / 32.40 / 6.89 / 32.16", "-1.43"]
-    assert rows["LoFi"][8] == "0.00" and "### Table 2" not in text and "resident memory" in text
+    assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22.00 ± 2.00", "61.0 ± 1.0", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
+    assert rows["ICP"][4:] == ["-3.00 ± 1.00", "16.00 ± 0.00", "58.0 ± 0.0", "22", "1.25", "2.50", "", "3", "48.45 / 32.40 / 6.89 / 32.16", "-1.43"]
+    assert rows["LoFi"][9] == "0.00" and "### Table 2" not in text and "resident memory" in text
 
 
 def test_few_seeds_have_no_verdict_and_other_toys_their_own_section():
     text = rendered([record(11, "acp", 0.1), record(11, "icp", 0.08), record(11, "acp", 0.3, toy="large"), record(11, "icp", 0.2, toy="large", words=["device=cuda"])])
     assert text.index('## Toy "small"') < text.index('## Toy "large"') and "`python tables.py --toy large --tables 1 2 --set device=cuda`" in text
-    assert cells_of(text)["1.1: ACP over ICP"][2:] == ["+2.00", "-", "1 of 1", "**no verdict**", "-", "+4.00, p -"]
-    assert cells_of(text, '"large"')["1.1: ACP over ICP"][2] == "+10.00" and f"**Of {len(tables.CLAIMS)} claims 0 reproduced**" in text
+    assert cells_of(text, "| claim")["1.1: ACP over ICP"][2:] == ["+2.00", "-", "1 of 1", "**no verdict**", "-", "+4.00, p -"]
+    assert cells_of(text[text.index('"large"'):], "| claim")["1.1: ACP over ICP"][2] == "+10.00" and f"**Of {len(tables.CLAIMS)} claims 0 reproduced**" in text
     assert "### Table 1" in text and "### Table 2" not in text and "### Table 1" not in rendered([record(11, "acp", 0.1)]) and "### Table 1" in rendered([record(11, "acp", 0.1)], chosen=("small", ["1"]))
 
 
@@ -378,13 +385,16 @@ def test_probe_and_memory():
     records += [record(11, "bmn_acp", 0.1, peak_memory_gb=None)]
     text = rendered(records)
     # what a row goes on from counts: SoLa's own 1.25 behind ACP's 1.25, S behind it, a head alone
-    assert [cells_of(text, title)[row][7] for title, row in (("### Table sola", "SoLa"), ("### Table 2", "S-LoFi"), ("### Table A", "BMN, ACP"))] == ["1.25", "2.00", "1.25"]
-    assert cells_of(rendered([r | {"peak_memory_gb": 0.25} if r["row"] == "sola" else r for r in records]), "### Table sola")["SoLa"][7] == "1.25"
-    verdicts = cells_of(text)
+    assert [cells_of(text, title)[row][8] for title, row in (("### Table sola", "SoLa"), ("### Table 2", "S-LoFi"), ("### Table A", "BMN, ACP"))] == ["1.25", "2.00", "1.25"]
+    assert cells_of(rendered([r | {"peak_memory_gb": 0.25} if r["row"] == "sola" else r for r in records]), "### Table sola")["SoLa"][8] == "1.25"
+    verdicts = cells_of(text, "| claim")
     assert verdicts["sola.1: SoLa over raw features, AUC of the linear probe"][2:6] == ["+0.200 ± 0.100", "0.074", "3 of 3", "**within noise**"]  # t = 2 sqrt 3, 2 df
     assert cells_of(text, "### Controls")["C.6: SoLa over a moving average of raw features, AUC of the linear probe"][2:6] == ["-0.100 ± 0.100", "0.225", "0 of 3", "**within noise**"]
     assert verdicts["sola.2: SoLa over raw features, mAP"][2:6] == ["+0.00 ± 0.00", "1.000", "0 of 3", "**within noise**"]
     assert "2.00 / 2.20 / 2.50 GB, largest / smallest 1.25, to be at most 1.20: **not reproduced**" in text and "about the same memory" not in rendered([r for r in records if r["seed"] < 13])
+    assert "Cycles" not in text and "Cycles over them: 3.00 GB" in rendered(records + [record(s, "lofi", 0.1, peak_memory_gb=3.0) for s in (11, 12, 13)])
+    assert "SoLa trains in less memory than an encoder end to end (SoLa, introduction): 1.250 / 3.000 GB, 1/2.4: **reproduced**" in rendered(
+        records + [record(s, "lofi", 0.1, peak_memory_gb=3.0) for s in (11, 12, 13)])
     assert "largest / smallest 1.10, to be at most 1.20: **reproduced**" in rendered([r | {"peak_memory_gb": 2.2} if r["row"] == "st" else r for r in records])
 
 
