@@ -129,7 +129,7 @@ def main_check(args):
         if not args.features and {"sola", "head", "detect"} & set(stages) and "features" not in stages:
             args.features = f"{whole.out}/features"
         required += ["features"] if args.features else []
-        settings = {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
+        settings = data.settings_of(cfg)
     if not args.annotations:
         raise ValueError("name a config with --cfg, or an annotation file with --annotations")
     problems, fatal = check(args.annotations, subsets=args.subsets, frames=args.frames, features=args.features, durations=args.durations,

@@ -165,7 +165,7 @@ def load_annotations(path):
             for subset, (names, durations, rows, flat, flat_labels) in subsets.items()}
 
 
-CONSEQUENCES = {"segment is not a number": "left out", "segment ends before it starts": "left out",
+CONSEQUENCES = {"segment is not a number": "left out of training; evaluation refuses them", "segment ends before it starts": "left out",
                 "segment outside the video": "clipped to it, and left out if nothing remains", "segment twice": "kept, as the official evaluation does", "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it"}
 
 
@@ -219,12 +219,27 @@ def find(source, kind, names):
     return media.find_media(source, names) if kind == "frames" else find_features(source, names)
 
 
-def select(subsets, subset, source, kind, say=print, *, durations=None, frames=None):
+def check_segments(subsets, train=None, val=None):
+    """ValueError if subset `train` has no segment that can be trained on, or `val` one that evaluation refuses, a NaN."""
+    if train in subsets and not class_names(subsets[train]):
+        raise ValueError(f"subset {train} has {len(subsets[train])} videos and no segment that can be trained on: expected one that ends after it starts, within its video")
+    if val in subsets and len(bad := np.flatnonzero(~np.isfinite(subsets[val].segments).all(1))):
+        names = names_of(subsets[val])
+        raise ValueError(f"subset {val} has {len(bad)} segments that are NaN or infinite, first in video {names[subsets[val].owners()[bad[0]]]}: evaluation needs numbers, take them out")
+
+
+def settings_of(cfg):
+    """What frames should have been prepared for, of the config's block `data`: snippets, or rate, and frames and stride."""
+    return {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
+
+
+def select(subsets, subset, source, kind, say=print, *, durations=None, frames=None, settings=None):
     """The videos of one subset that have what training needs; the others are counted, named through `say` and left out.
 
     kind: "frames", in folder `source`; or "features", in the folder or HDF5 file `source`, or in each of a list of them.
     durations: a JSON {video: seconds} for videos whose annotation has none. Without one, theirs come from their frames, here or in the folder
-    `frames`, or from the features.json beside their features. ValueError if the subset does not exist or nothing of it is left.
+    `frames`, or from the features.json beside their features. settings: see settings_of; says so if frames were prepared for others, going by the first ZIP.
+    ValueError if the subset does not exist or nothing of it is left.
     """
     if subset not in subsets:
         raise ValueError(f"no video of subset {subset!r} in the annotations, which have {sorted(subsets)}: set data.train_subset, data.val_subset")
@@ -248,6 +263,10 @@ def select(subsets, subset, source, kind, say=print, *, durations=None, frames=N
             raise ValueError(f"none of the {len(unknown)} {subset} videos has a duration, in the annotations or elsewhere: set data.durations to a JSON "
                              "{video: seconds}, or data.frames to their frames or video files")
     videos = videos.take(index, duration, [found[0][names[i]] for i in index])
+    if kind == "frames" and settings and (path := next((p for p in videos.paths if p.endswith(".zip")), None)):
+        first = media.FrameZip(path)
+        if first.prepared and len(first.kept) < first.num_frames and {k: first.prepared.get(k) for k in settings} != settings:
+            say(f"{subset}: {path} was prepared for {first.prepared}, this config asks for {settings}: the nearest frames that it keeps are taken, which blurs time; prepare anew")
     problems = {k: len(rows) for k, rows in segment_problems(videos).items() if len(rows)}
     if problems:
         say(f"{subset}: " + ", ".join(f"{n} x {k} ({CONSEQUENCES[k]})" for k, n in problems.items()) + "; `python data.py check` lists them")
@@ -442,7 +461,7 @@ class VideoDataset:
         """(video, first snippet) of each sample, (n, 2) int64; None without a rate: each video is a sample."""
         if self.rate and self.train:
             return windows_with_segments(videos, (self.count(v) for v in videos), self.snippets)
-        return np.array([(i, first) for i, v in enumerate(videos) for first in range(0, self.count(v), self.snippets)], np.int64) if self.rate else None
+        return np.array([(i, first) for i, v in enumerate(videos) for first in range(0, self.count(v), self.snippets)], np.int64).reshape(-1, 2) if self.rate else None
 
     def only(self, index):
         """The same of the videos at `index` alone."""
@@ -498,7 +517,7 @@ class Clip(NamedTuple):
     start_sec: float  # a trimmed clip: 0
     end_sec: float  # a trimmed clip: inf
     label: int
-    duration_sec: float = 1.0  # of the whole video; read only if its media tells no frame rate
+    duration_sec: float | None = None  # of the whole video, as annotated: times are then parts of it, as in every stage; None: its media tell their frame rate
     play: str = "forward"  # see clip_frames
 
 
@@ -559,7 +578,10 @@ class ClipDataset:
         index, fidelity = pair
         clip = self.clips[index]
         source = media.open_media(clip.path)
-        fps = source.fps or source.num_frames / clip.duration_sec
+        whole = (clip.start_sec, clip.end_sec) == (0, math.inf)
+        fps = source.num_frames / clip.duration_sec if clip.duration_sec else 1.0 if whole else source.fps
+        if not fps:
+            raise ValueError(f"{clip.path} tells no frame rate, so where are {clip.start_sec:g} to {clip.end_sec:g} s? Put a video.json with fps beside its frames")
         where, corner, flip = 0.5, (0.5, 0.5), False
         if self.train:
             rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index // self.together))

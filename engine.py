@@ -87,6 +87,11 @@ def start_process(device="auto", precision="auto"):
     return Process(dist.get_rank(), dist.get_world_size(), device, precision)
 
 
+def end_process(process):
+    if process.world > 1:
+        dist.destroy_process_group()
+
+
 def barrier(process):
     if process.world > 1:
         dist.barrier()
@@ -261,7 +266,7 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
     tensor} with "loss" in it. options: epochs and the arguments of make_optimizer and lr_factor; clip, the largest gradient norm, if any.
     Writes folder/checkpoint.pt every `save_sec` seconds, after an epoch and on SIGINT or SIGTERM, and resumes from it;
     folder/metrics.jsonl has a line an epoch. about: plain data to keep in the checkpoint, such as the config.
-    Raises FloatingPointError, naming the videos, when a loss is not finite.
+    Raises FloatingPointError, naming the videos, when a loss or a gradient is not finite, before it can reach weights or checkpoint.
     """
     path, device = f"{folder}/checkpoint.pt", process.device
     epochs, clip = options["epochs"], options.get("clip", 0)
@@ -307,10 +312,13 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
                     where = f"{name}: loss is not finite at epoch {epoch + 1}, step {i + 1}, {sampler.fidelity(epoch, i)}"
                     raise FloatingPointError(f"{where}: {', '.join(map(str, batch['name'])) if not finite else 'on another process'}")
                 values = dict(zip(terms, flags[2:]))
+                norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                if not torch.isfinite(norm):
+                    raise FloatingPointError(f"{name}: the gradient is not finite at epoch {epoch + 1}, step {i + 1}, {sampler.fidelity(epoch, i)}: "
+                                             + ", ".join(map(str, batch["name"])) + (", or those of another process" if process.world > 1 else ""))
                 if clip:
-                    values["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-                    if not math.isfinite(values["gradient_norm"]):
-                        raise FloatingPointError(f"{name}: the gradient is not finite at epoch {epoch + 1}, step {i + 1}: {', '.join(map(str, batch['name']))}")
+                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+                    values["gradient_norm"] = norm.item()
                 optimizer.step()
                 for key, value in values.items():
                     state["sums"][key] = state["sums"].get(key, 0.0) + value

@@ -298,8 +298,13 @@ def _read_entries(table, keys, name, notes=None):
     if "label" in keys:
         try:
             columns["labels"] = list(dict.fromkeys(columns["label"]))
+            if not all(isinstance(c, str) for c in columns["labels"]):
+                columns["label"] = [str(c) if isinstance(c, (int, float)) else c for c in columns["label"]]
+                columns["labels"] = list(dict.fromkeys(columns["label"]))
+            if not all(isinstance(c, str) for c in columns["labels"]):
+                raise TypeError
         except TypeError:
-            i = next(i for i, c in enumerate(columns["label"]) if not isinstance(c, str))
+            i = next(i for i, c in enumerate(columns["label"]) if not isinstance(c, (str, int, float)))
             raise ValueError(f"{where(i)}: label must be a string, got {str(columns['label'][i])[:80]}") from None
     if "score" in keys:
         columns["score"] = _numbers(columns["score"], (), where, "score")

@@ -22,7 +22,6 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import config
 import data
@@ -45,7 +44,7 @@ def check(cfg, files=True):
     for name, block in {"lofi": cfg.lofi, "sola": cfg.sola, "head": cfg.head, **{f"pretrain.{k}": v for k, v in cfg.pretrain.items() if isinstance(v, dict)}}.items():
         words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
     config.check_words(words)
-    config.check_numbers(cfg)
+    config.check_numbers(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.data.windows != bool(cfg.data.rate) and not cfg.data.features:
         raise ValueError(f"data.windows is {cfg.data.windows} and data.rate {cfg.data.rate}: features of one's own need both for windows, or none")
     low_fidelity_cycle(cfg)
@@ -54,7 +53,7 @@ def check(cfg, files=True):
     if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
         raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
-        load_annotations(cfg.data.annotations)
+        data.check_segments(load_annotations(cfg.data.annotations), cfg.data.train_subset if {"lofi", "head"} & set(cfg.stages) else None, cfg.data.val_subset if "detect" in cfg.stages else None)
         target = {"lofi", "features"} & set(cfg.stages) or "pretrain" in cfg.stages and "acp_plus" in cfg.pretrain.method
         for which in ("train", "val") if target else ():
             subset(cfg, which, cfg.data.frames, "frames", say=lambda words: None)
@@ -77,7 +76,7 @@ def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
 
 
 def subset(cfg, which, source, kind, say):
-    return data.select(load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], source, kind, say, durations=cfg.data.durations, frames=cfg.data.frames)
+    return data.select(load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], source, kind, say, durations=cfg.data.durations, frames=cfg.data.frames, settings=data.settings_of(cfg.data))
 
 
 def full_fidelity(cfg):
@@ -225,9 +224,8 @@ def detect(cfg, process):
     duration, results, proposals = {v.name: v.duration for v in dataset.videos}, {}, {}
     source = {"own": "video classifier of the run", "ground_truth": "ground truth (analysis)"}.get(cfg.detect.classes_from, f"external file {cfg.detect.classes_from}")
     for batch in engine.batches(dataset, full_fidelity(cfg), 1 if cfg.data.windows else 32, data.collate, name="detect", process=process):
-        names, class_scores, x, windows = batch["name"], None, batch["features"], None
-        if cfg.data.windows:
-            x, windows = x[0], (batch["first"][0], batch["snippets"].item())
+        names, class_scores, x = batch["name"], None, batch["features"]
+        x, windows = (x[0], (batch["first"][0], batch["snippets"].item())) if cfg.data.windows else (x, None)
         if cfg.detect.classes_from != "own":
             truth = cfg.detect.classes_from == "ground_truth"
             class_scores = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, names,
@@ -270,7 +268,10 @@ def main(argv=None):
         if args.dry_run:
             for phase in phases(cfg.pretrain.method, cfg.pretrain.checkpoint) if "pretrain" in cfg.stages else ():
                 dry_run_phase(build_encoder(cfg), phase, options_of(cfg.pretrain, phase), size=cfg.data.size, process=process)
-            dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss, process=process)
+            if {"lofi", "features"}.isdisjoint(cfg.stages):
+                process.say(f"stages {', '.join(cfg.stages)} go on from features, whose channels only the data tell: no encoder to try")
+            else:
+                dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss, process=process)
         else:
             config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), machine=engine.machine_of(process.device), threads=torch.get_num_threads(), processes=process.world)
             took = []
@@ -283,9 +284,8 @@ def main(argv=None):
                     stage(cfg, process)
                     took.append(f"{name} {time.monotonic() - started:.1f} s")
             process.say(f"{cfg.out}: {', '.join(took) or 'nothing was left to do'}; peak memory {engine.peak_memory_gb(process.device):.2f} GB a process")
-        if process.world > 1:
-            dist.destroy_process_group()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        engine.end_process(process)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit("lofi_tal.py: " + str(error).rsplit("\nValueError: ", 1)[-1])  # a loader's worker wraps its own in a traceback
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 
@@ -449,7 +450,8 @@ def timelines(run, videos=None, gt=None, frames=None, top=10, out=None, say=prin
                                source=external.get("class_source"))
         paths.append(f"{out or run + '/pictures'}/{'' if out else 'timeline_'}{video.replace(os.sep, '_')}.png")
         save(figure, paths[-1])
-        say(paths[-1])
+    for path in paths:  # a reader of the words who is gone takes no picture with him
+        say(path)
     return paths
 
 
@@ -508,4 +510,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

@@ -311,8 +311,10 @@ def main():
     args = vars(parser.parse_args())
     try:
         print(f"{args['out']}: " + ("written" if make_toy(args.pop("out"), **args) else "already there"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"toy.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("toy.py: interrupted; the same command begins anew")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import pytest
 
 import config
+import lofi_tal
 
 
 def test_files_change_the_defaults_and_words_change_both(tmp_path):
@@ -91,8 +92,30 @@ def test_a_run_belongs_to_one_config(tmp_path):
     assert json.load(open(tmp_path / "run/config.json"))["stages"] == ["pretrain", "lofi", "features", "head", "detect"]  # not forgotten
     with pytest.raises(ValueError, match=r"lofi.lr: [\d.]+ there, 0.2 now\n  seed: 0 there, 4 now"):
         config.open_run(config.load("configs/toy.yaml", [out, "lofi.lr=0.2", "seed=4"]), write)
-    with pytest.raises(ValueError, match="stages"):
-        config.open_run(config.load("configs/toy.yaml", [out, "stages=[pretrain, features]"]), write)
+    # what only changes time and memory, and another spelling of the folder
+    config.open_run(config.load("configs/toy.yaml", [f"{out}/", "lofi.chunk=4", "lofi.accumulate=2", "encoder.recompute=true", "features.chunk=8"]), write)
+    for stages in ("[pretrain, features]", "[pretrain, lofi, features, head, sola]"):
+        with pytest.raises(ValueError, match="stages"):
+            config.open_run(config.load("configs/toy.yaml", [out, f"stages={stages}"]), write)
+
+
+@pytest.mark.parametrize("more", ["lofi", "sola"])
+def test_a_stage_cannot_be_put_before_those_that_are_done(more):
+    """The stages run in their own order, however they are listed: the features and detections that are there would pass for those behind it."""
+    done = config.load("configs/toy.yaml", ["stages=[pretrain, features, head, detect]"])
+    assert "stages" in config.differences(done, config.load("configs/toy.yaml", [f"stages=[pretrain, features, head, detect, {more}]"]))[0]
+    assert not config.differences(config.load("configs/toy.yaml", ["stages=[features, pretrain]"]), done)
+    assert tuple(lofi_tal.STAGES) == config.STAGES
+
+
+def test_batches_that_cannot_be_divided_are_found_before_the_first_stage():
+    cfg = config.load("configs/toy.yaml", ["lofi.batch_size=8", "lofi.accumulate=3"])
+    with pytest.raises(ValueError, match="lofi.batch_size 8 cannot be divided evenly over 1 processes and 3 micro-batches"):
+        config.check_numbers(cfg)
+    config.check_numbers(config.merge(cfg, {"lofi": {"accumulate": 2}}), 4)
+    with pytest.raises(ValueError, match="over 8 processes and 2"):
+        config.check_numbers(config.merge(cfg, {"lofi": {"accumulate": 2}}), 8)
+    config.check_numbers(config.merge(cfg, {"stages": ["pretrain", "features"]}))
 
 
 def test_a_run_of_before_the_key_precision_goes_on_as_auto(tmp_path):

@@ -108,7 +108,16 @@ def test_segments_with_problems_are_counted_said_and_do_not_stop(tmp_path):
     (tmp_path / "v.zip").touch(), (tmp_path / "w.zip").touch()
     said = []
     data.select({"training": videos}, "training", str(tmp_path), "frames", said.append)
-    assert len(said) == 1 and "1 x segment is not a number (left out), 2 x segment ends before it starts (left out), 3 x segment outside" in said[0]
+    assert len(said) == 1 and "1 x segment is not a number (left out of training; evaluation refuses them), 2 x segment ends before it starts (left out), 3 x segment outside" in said[0]
+
+
+def test_segments_that_no_run_can_use_are_found_at_its_start(tmp_path):
+    subsets = data.load_annotations(write_annotations(tmp_path / "a.json", {"v": entry(segments=[(5, 2)]), "w": {**entry(segments=[(1, 2), (math.nan, 3)]), "subset": "validation"}}))
+    data.check_segments(subsets), data.check_segments(subsets, "validation", "training"), data.check_segments(subsets, "gone", "gone")
+    with pytest.raises(ValueError, match="subset training has 1 videos and no segment that can be trained on"):
+        data.check_segments(subsets, "training")
+    with pytest.raises(ValueError, match="subset validation has 1 segments that are NaN or infinite, first in video w"):
+        data.check_segments(subsets, None, "validation")
 
 
 def test_names_may_be_spelt_with_v_or_without(tmp_path):
@@ -336,6 +345,9 @@ def test_samples_of_folders_and_of_zips_with_copies_agree(tmp_path):
     (tmp_path / "f/v/video.json").unlink()  # no frame rate: from the duration of the whole video
     c = data.ClipDataset([clips[0]._replace(duration_sec=4.0)], frames=4, stride=2, crop=1.0)[0, data.Fidelity("full", 1, 64)]["frames"]
     assert torch.equal(c.float(), a)
+    with pytest.raises(ValueError, match="f/v tells no frame rate, so where are 1 to 2 s"):
+        data.ClipDataset(clips[:1], frames=4, stride=2)[0, data.Fidelity("full", 1, 64)]
+    assert len(data.ClipDataset([clips[0]._replace(start_sec=0.0, end_sec=math.inf)], frames=4, stride=2)[0, data.Fidelity("full", 1, 64)]["frames"]) == 1  # whole: none is needed
 
 
 def test_crop_and_resize_take_the_square_that_they_say():
@@ -392,6 +404,14 @@ def test_clips_stay_within_their_segment(tmp_path):
     assert len(firsts) > 5
     short = data.ClipDataset([data.Clip(str(tmp_path / "v.zip"), 2.0, 2.25, 0)], frames=4, stride=2, crop=1.0)  # frames 16, 17
     assert set((short[0, fidelity]["frames"].float().mean((0, 2, 3, 4)) / 2).round().tolist()) <= {16, 17}
+
+
+def test_segments_are_parts_of_the_video_as_in_every_stage(tmp_path):
+    """A video half as long as its annotation says: frames 16 to 32 of 64 are from 4 to 8 of 16 s."""
+    toy.write_zip(tmp_path / "v.zip", numbered_frames(64), fps=8)
+    videos = [data.Video("v", 16.0, torch.tensor([[0.25, 0.5]]), ("x",), str(tmp_path / "v.zip"))]
+    sample = data.ClipDataset(data.segment_clips(videos, "", ["x"]), frames=4, stride=2, crop=1.0)[0, data.Fidelity("full", 1, 16)]
+    assert (sample["frames"].float().mean((0, 2, 3, 4)) / 2).round().tolist() == [21, 23, 25, 27]
 
 
 def test_a_clip_behind_the_end_of_its_media_is_named(tmp_path):
@@ -578,6 +598,10 @@ def test_check_notices_frames_that_were_prepared_for_other_snippets(messy, tmp_p
     wanted = {"snippets": 8, "frames": 2, "stride": 2}
     look = lambda s: {p for _, v, p, _ in check.check(annotations, subsets=["training"], frames=str(tmp_path / "made"), settings=s, say=lambda w: None)[0] if v == "v"}  # noqa: E731
     assert look(wanted) == set() and look({**wanted, "stride": 4}) == {"frames prepared otherwise"}
+    subsets, said = data.load_annotations(annotations), []
+    for s in (wanted, {**wanted, "snippets": 20}):
+        data.select(subsets, "training", str(tmp_path / "made"), "frames", said.append, settings=s)
+    assert len([s for s in said if "was prepared for" in s and "'snippets': 20" in s and "prepare anew" in s]) == 1
 
 
 def test_check_writes_its_list_beside_the_annotations_and_nothing_over(messy, tmp_path, capsys):

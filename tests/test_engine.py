@@ -36,7 +36,7 @@ class Rows(torch.utils.data.Dataset):
         return {"name": f"row{i}", "x": self.x[i] + 0.1 * noise, "y": self.x[i].sum()}
 
 
-def train(folder, *, stop_at=None, bad_at=None, options=OPTIONS, process=ALONE, **kwargs):
+def train(folder, *, stop_at=None, bad_at=None, bad_gradient_at=None, options=OPTIONS, process=ALONE, **kwargs):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     sampler = data.CyclicFidelitySampler(20, 4, [data.Fidelity("S", 1, 1)], rank=process.rank, world=process.world)
@@ -44,6 +44,8 @@ def train(folder, *, stop_at=None, bad_at=None, options=OPTIONS, process=ALONE, 
     def step(net, batch, epoch, i):
         loss = (net(batch["x"])[:, 0] - batch["y"]).square().mean()
         loss.backward()
+        if (epoch, i) == bad_gradient_at:
+            model.bias.grad.fill_(math.inf)
         if (epoch, i) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": loss.detach() * (math.nan if (epoch, i) == bad_at else 1)}
@@ -77,6 +79,18 @@ def test_a_stopped_run_resumes_to_the_very_same_weights_and_log(tmp_path, stop_a
 def test_a_loss_that_is_not_finite_stops_and_names_the_videos(tmp_path):
     with pytest.raises(FloatingPointError, match=r"epoch 2, step 3, .*'S'.*: row\d+, row\d+, row\d+, row\d+"):
         train(tmp_path, bad_at=(1, 2))
+
+
+@pytest.mark.parametrize("clip", [0, 5])
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(tmp_path, clip):
+    options = OPTIONS | {"clip": clip}
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite at epoch 2, step 3, .*'S'.*: row\d+, row\d+, row\d+, row\d+$"):
+        train(tmp_path, bad_gradient_at=(1, 2), options=options, save_sec=0)  # saves after every step
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2) and all(torch.isfinite(w).all() for w in state["model"].values())
+    resumed, _ = train(tmp_path, options=options)
+    whole, _ = train(tmp_path / "whole", options=options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path):

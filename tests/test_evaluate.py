@@ -503,6 +503,7 @@ def entry(**changes):
     ({"a": [entry(segment=[0, 1, 2])]}, r"segment must be 2 numbers, got '\[0, 1, 2\]'"),
     ({"a": [entry(), entry(segment=3)]}, "entry 1: segment must be 2 numbers"),
     ({"a": [entry(label=["x"])]}, "label must be a string"),
+    ({"a": [entry(label=None)]}, "label must be a string, got None"),
     ({"a": entry()}, "video 'a' must have a list, got dict"),
     ({"a": 3}, "video 'a' must have a list, got int"),
     ([entry()], "got list"),
@@ -511,6 +512,14 @@ def entry(**changes):
 def test_bad_results(results, message, ar):
     with pytest.raises(ValueError, match=message):
         ev.evaluate(annotations(ONE), {"results": results}, ar=ar)
+
+
+def test_labels_that_are_numbers_are_the_same_as_words():
+    """Class indices in the annotations, as some data sets have them; the detections' JSON has words."""
+    truth = {"database": {"a": {"subset": "validation", "duration": 10, "annotations": [{"segment": [1, 4], "label": 3}, {"segment": [6, 9], "label": "7"}]}}}
+    found = {"results": {"a": [{"segment": [1, 4], "score": 0.9, "label": "3"}, {"segment": [6, 9], "score": 0.8, "label": 7}]}}
+    metrics = ev.evaluate(truth, found, subset="validation")
+    assert metrics["average_mAP"] == 1 and not metrics["warnings"]
 
 
 @pytest.mark.parametrize("truth, message", [

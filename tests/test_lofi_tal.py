@@ -322,6 +322,16 @@ def test_videos_without_frames_are_left_out_and_evaluation_says_so(whole, toy_da
     assert "none of the 8 training videos has frames in" in fails(arguments(toy_data, tmp_path / "none", *words))
 
 
+def test_a_dry_run_without_frames_builds_no_encoder(tmp_path, capsys):
+    lofi_tal.main(["--cfg", "configs/thumos14.yaml", "--dry-run", "--set", f"out={tmp_path}/x"])
+    assert capsys.readouterr().out == "stages head, detect go on from features, whose channels only the data tell: no encoder to try\n"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(toy_data, tmp_path):
+    (tmp_path / "file").touch()
+    assert "Not a directory" in fails(arguments(toy_data, tmp_path / "file/run")) and "\n" not in fails(arguments(toy_data, tmp_path / "file/run"))
+
+
 def test_dry_run_of_the_papers_config_needs_no_data(tmp_path, capsys):
     lofi_tal.main(["--cfg", "configs/anet13.yaml", "--dry-run", "--set", f"out={tmp_path}/x", "data.size=32", "data.snippets=12", "encoder.width=8"])
     said = capsys.readouterr().out

@@ -156,6 +156,11 @@ def test_a_run_with_windows_over_its_own_features(tmp_path):
                    f"data.frames={tmp_path}/toy/frames", "stages=[pretrain, lofi, features, head, detect]", "pretrain.method=none", "device=cpu", "data.size=20",
                    "data.windows=true", "data.rate=3", "data.snippets=8", "encoder.width=8", "gtad.hidden=16", "gtad.durations=6", "lofi.epochs=3", "lofi.batch_size=4",
                    "head.epochs=2", "head.batch_size=4"])
+    (tmp_path / "run/features/features.json").unlink(), (tmp_path / "run/features/toy_00007.npy").unlink()  # killed in the second half: nothing of the first is missing
+    words = json.load(open(tmp_path / "run/config.json"))
+    process = lofi_tal.engine.start_process("cpu")
+    lofi_tal.features(lofi_tal.config.merge(lofi_tal.config.load("configs/toy.yaml"), words), process)
+    assert (tmp_path / "run/features/features.json").exists() and (tmp_path / "run/features/toy_00007.npy").exists()
     features = np.load(tmp_path / "run/features/toy_00000.npy")
     assert features.shape == (24, 64)  # 8 s
     metrics = json.load(open(tmp_path / "run/metrics.json"))
