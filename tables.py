@@ -128,8 +128,10 @@ CONTROLS = [  # claimed by nobody; the first says how much of LoFi's gain the la
     ("C.7", "LoFi + SoLa over a moving average of LoFi's features, AUC", None, {"lofi_sola": 1, "lofi_smoothed": -1}, "auc", "control"),
     ("C.8", "LoFi + SoLa over LoFi, AUC of the linear probe", None, {"lofi_sola": 1, "lofi": -1}, "auc", "control"),
     ("C.9", "mean of S, T, ST alone over ACP+", None, {"s": 1 / 3, "t": 1 / 3, "st": 1 / 3, "acp_plus": -1}, "average", "control"),
-    ("C.10", "LoFi over ACP+ with background, area under AR@AN", None, {"lofi": 1, "acp_plus_background": -1}, "recall", "control"),
-    ("C.11", "LoFi from ACP+ with background over ACP+ with background, area under AR@AN", None, {"on_background": 1, "acp_plus_background": -1}, "recall", "control"),
+    ("C.10", "full fidelity over LoFi twice as long", None, {"full": 1, "twice": -1}, "average", "control"),
+    ("C.11", "full fidelity over ACP+ with background", None, {"full": 1, "acp_plus_background": -1}, "average", "control"),
+    ("C.12", "LoFi over ACP+ with background, area under AR@AN", None, {"lofi": 1, "acp_plus_background": -1}, "recall", "control"),
+    ("C.13", "LoFi from ACP+ with background over ACP+ with background, area under AR@AN", None, {"on_background": 1, "acp_plus_background": -1}, "recall", "control"),
 ]
 MEMORY = ("s", "t", "st"), ("short", "lofi"), "sola", "lofi"  # claimed to need about the same; what cycles through them; claimed to need less than the one behind it
 

@@ -361,7 +361,7 @@ def test_rendering_of_hand_made_records():
     assert text.index("**Of ") < text.index("In short.") < text.index("with true classes | AR@AN area | peak GB |") < text.index("| claim") < text.index("What the author reads") < text.index("### Controls") < text.index("### Table 1") < text.index("## What to keep in mind")
     assert cells_of(text, "In short")["ACP+"] == ["11.0 ± 1.0", "22.0 ± 2.0", "61.0 ± 1.0", "1.25"] and "number of seeds" not in text
     assert "Rows differ in their number of seeds" in rendered(records[:-2])
-    assert cells_of(text, "### Controls")["C.10: LoFi over ACP+ with background, area under AR@AN"][2] == "-1.00 ± 0.00"
+    assert cells_of(text, "### Controls")["C.12: LoFi over ACP+ with background, area under AR@AN"][2] == "-1.00 ± 0.00"
     assert cells_of(text, "### Controls")["C.1: LoFi over ACP+ with background"][2:] == ["-1.00 ± 0.00", "< 0.001", "0 of 3", "**lower**", "-2.00 ± 0.00, p < 0.001"]
     rows = cells_of(text, "### Table 1")
     assert rows["ACP"] == ["22.00 ± 2.00", "11.00 ± 1.00", "1.00 ± 0.00", "11.00 ± 1.00", "", "22.00 ± 2.00", "61.0 ± 1.0", "22", "1.25", "2.50", "50.0", "3", "49.64 / 34.16 / 7.68 / 33.59", ""]
