@@ -352,7 +352,7 @@ def made_on(records):
 
 
 def summary(seeds, rows, needs):
-    """Markdown of the first table in short, None if no seed has any of its rows."""
+    """Markdown of the rows that matter most, in short; None if no seed has any of its rows."""
     lines = [[rows[row][0], *(spread(combine(seeds, {row: 1}, m), 1) for m in ("average", "true", "recall")),
               f"{np.mean([peak_of(s, row, needs) or 0 for s in seeds.values() if row in s]):.2f}"] for row in rows if any(row in s for s in seeds.values())]
     return evaluate._table(["%", "average mAP", "with true classes", "AR@AN area", "peak GB"], lines) if lines else None
@@ -386,7 +386,7 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
             out.append(counts_line(judged, claims))
         out += [short.strip()] * bool(short.strip())
         if judged:
-            out += [x for x in (summary(seeds, tables["1"][1], needs),) if x] + [verdict_table(judged, seeds)]
+            out += [x for x in (summary(seeds, tables["1"][1] | tables["beyond"][1], needs),) if x] + [verdict_table(judged, seeds)]
         if lines:
             out.append("Of memory, without a test:\n\n" + "\n".join(lines))
         out += [heading + long.strip()] * bool(heading)
