@@ -116,11 +116,13 @@ def flat(cfg, where=""):
             (flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}).items()}
 
 
-def differences(old, new):
-    """Lines that say which keys differ; those that may change are left out, the name of the folder, which may have moved, and stages of which one list only goes on further."""
+def differences(old, new, free=FREE | COST):
+    """Lines that say which keys differ; those in `free` are left out, the name of the folder, which may have moved, and stages of which one list only goes on further."""
     old, new = flat(old), flat(new)
-    keys = sorted((old.keys() | new.keys()) - FREE - COST - {"out"})
-    if all(a == b for a, b in zip(*(sorted(x["stages"], key=STAGES.index) for x in (old, new)))):
+    if "recalibrate" in (old["lofi.batchnorm"], new["lofi.batchnorm"]):  # it takes statistics of as many snippets at once
+        free = free - {"features.chunk"}
+    keys = sorted((old.keys() | new.keys()) - free - {"out"})
+    if all(a == b for a, b in zip(*(sorted(x["stages"], key=(*STAGES, *x["stages"]).index) for x in (old, new)))):
         keys.remove("stages")
     return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
 
@@ -138,8 +140,16 @@ COUNTS = {1: ("epochs", "batch_size", "accumulate", "hidden", "subsequence", "dr
               "classes_per_video"), 0: ("workers", "seed", "shift_div", "context_bins")}  # whole numbers of at least so much, wherever they stand
 
 
-def check_numbers(cfg, world=1):
-    """ValueError for the first number that no run, of so many processes, can go on with."""
+def check_batches(blocks, world):
+    """blocks: {stage or phase: its options} of what is still to be trained. ValueError if a batch cannot be divided evenly over so many processes."""
+    for name, block in blocks.items():
+        micro = block.get("accumulate", 1)
+        if block["batch_size"] % (world * micro):
+            raise ValueError(f"{name}.batch_size {block['batch_size']} cannot be divided evenly over {world} processes and {micro} micro-batches")
+
+
+def check_numbers(cfg):
+    """ValueError for the first number that no run can go on with."""
     least = {name: low for low, names in COUNTS.items() for name in names}
     for key, value in flat(cfg).items():
         leaf, low, number = key.rsplit(".", 1)[-1], None, isinstance(value, (int, float))
@@ -152,10 +162,6 @@ def check_numbers(cfg, world=1):
         raise ValueError(f"config key detect.tiou is {cfg['detect']['tiou']}, expected a list of thresholds in (0, 1]")
     if not cfg["stages"] or not cfg["out"]:
         raise ValueError(f"config keys stages and out are {cfg['stages']} and {cfg['out']!r}, expected a list of stages and a folder")
-    for stage in {"lofi", "head"} & set(cfg["stages"]):
-        micro = cfg[stage].get("accumulate", 1)
-        if cfg[stage]["batch_size"] % (world * micro):
-            raise ValueError(f"{stage}.batch_size {cfg[stage]['batch_size']} cannot be divided evenly over {world} processes and {micro} micro-batches")
     for block in ("gtad", "sola"):
         if cfg[block]["kernel"] % 2 == 0:
             raise ValueError(f"config key {block}.kernel is {cfg[block]['kernel']}, expected an odd number")

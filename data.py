@@ -230,7 +230,7 @@ def check_segments(subsets, train=None, val=None):
 
 def settings_of(cfg):
     """What frames should have been prepared for, of the config's block `data`: snippets, or rate, and frames and stride."""
-    return {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
+    return {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets, "rate": None}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
 
 
 def select(subsets, subset, source, kind, say=print, *, durations=None, frames=None, settings=None):

@@ -67,6 +67,11 @@ def agree(store, rank, world, timeout_sec=600):
     return word
 
 
+def world_size():
+    """How many processes torchrun started; one without it."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
 def start_process(device="auto", precision="auto"):
     """This process' place: joins torchrun's group when torchrun started it (NCCL on GPUs, gloo on CPU), else stands alone."""
     if device not in ("auto", "cpu", "cuda"):

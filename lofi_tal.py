@@ -44,7 +44,10 @@ def check(cfg, files=True):
     for name, block in {"lofi": cfg.lofi, "sola": cfg.sola, "head": cfg.head, **{f"pretrain.{k}": v for k, v in cfg.pretrain.items() if isinstance(v, dict)}}.items():
         words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
     config.check_words(words)
-    config.check_numbers(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    config.check_numbers(cfg)
+    todo = [s for s in cfg.stages if not os.path.exists(f"{cfg.out}/{STAGES[s][1]}")]
+    tasks = {f"pretrain.{p}": options_of(cfg.pretrain, p) for p in phases(cfg.pretrain.method, cfg.pretrain.checkpoint)} if "pretrain" in todo else {}
+    config.check_batches(tasks | {s: cfg[s] for s in ("lofi", "sola", "head") if s in todo}, engine.world_size())
     if cfg.data.windows != bool(cfg.data.rate) and not cfg.data.features:
         raise ValueError(f"data.windows is {cfg.data.windows} and data.rate {cfg.data.rate}: features of one's own need both for windows, or none")
     low_fidelity_cycle(cfg)
@@ -127,9 +130,7 @@ def encoder_path(cfg, stage):
 
 def low_fidelity_cycle(cfg):
     known = data.fidelities(cfg.data.snippets, cfg.data.size, r_t=cfg.fidelity.r_t, r_s=cfg.fidelity.r_s, st=(cfg.fidelity.st_r_t, cfg.fidelity.st_r_s))
-    wrong = [f for f in cfg.lofi.cycle if f not in known]
-    if wrong or not cfg.lofi.cycle:
-        raise ValueError(f"config key lofi.cycle is {cfg.lofi.cycle}, expected a list of {sorted(known)}")
+    config.check_words({"lofi.cycle": (cfg.lofi.cycle or [None], known)})
     return [known[f] for f in cfg.lofi.cycle]
 
 
@@ -251,8 +252,7 @@ def detect(cfg, process):
 
 
 STAGES = {stage.__name__: (stage, product) for stage, product in (
-    (pretrain, "pretrain/encoder.pt"), (lofi, "lofi/encoder.pt"), (features, "features/features.json"), (sola, "sola/features/features.json"),
-    (head, "head/head.pt"), (detect, "metrics.json"))}
+    (pretrain, "pretrain/encoder.pt"), (lofi, "lofi/encoder.pt"), (features, "features/features.json"), (sola, "sola/features/features.json"), (head, "head/head.pt"), (detect, "metrics.json"))}
 
 
 def main(argv=None):
@@ -268,9 +268,9 @@ def main(argv=None):
         if args.dry_run:
             for phase in phases(cfg.pretrain.method, cfg.pretrain.checkpoint) if "pretrain" in cfg.stages else ():
                 dry_run_phase(build_encoder(cfg), phase, options_of(cfg.pretrain, phase), size=cfg.data.size, process=process)
-            if {"lofi", "features"}.isdisjoint(cfg.stages):
+            if {"pretrain", "lofi", "features"}.isdisjoint(cfg.stages):
                 process.say(f"stages {', '.join(cfg.stages)} go on from features, whose channels only the data tell: no encoder to try")
-            else:
+            elif {"lofi", "features"} & set(cfg.stages):
                 dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss, process=process)
         else:
             config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), machine=engine.machine_of(process.device), threads=torch.get_num_threads(), processes=process.world)

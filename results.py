@@ -269,7 +269,7 @@ def memory_lines(seeds, rows, cycles, small, large):
         lines.append(f"- S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text(means)}, largest / smallest {ratio:.2f}, to be at most 1.20: "
                      f"**{'reproduced' if ratio <= 1.2 else 'not reproduced'}**." + (f" Cycles over them: {text(other)}." if other else ""))
     if (a := gb(small)) is not None and (b := gb(large)) is not None:
-        lines.append(f"- SoLa trains in less memory than an encoder end to end (SoLa, introduction): {text((a, b), 3)}, 1/{b / a:.1f}: **{'reproduced' if a < b else 'not reproduced'}**.")
+        lines.append(f"- SoLa trains in less memory than an encoder end to end at low fidelity T (SoLa, introduction): {text((a, b), 3)}, 1/{b / a:.1f}: **{'reproduced' if a < b else 'not reproduced'}**.")
     return lines
 
 

@@ -108,14 +108,31 @@ def test_a_stage_cannot_be_put_before_those_that_are_done(more):
     assert tuple(lofi_tal.STAGES) == config.STAGES
 
 
-def test_batches_that_cannot_be_divided_are_found_before_the_first_stage():
-    cfg = config.load("configs/toy.yaml", ["lofi.batch_size=8", "lofi.accumulate=3"])
+def test_what_only_costs_counts_where_it_is_more():
+    base, other = config.load("configs/toy.yaml"), config.load("configs/toy.yaml", ["features.chunk=8", "lofi.chunk=4", "data.workers=3"])
+    assert not config.differences(base, other)
+    assert [line.split(":")[0].strip() for line in config.differences(base, other, config.FREE)] == ["features.chunk", "lofi.chunk"]  # tables.py: seconds and memory are its subject
+    both = [config.merge(c, {"lofi": {"batchnorm": "recalibrate"}}) for c in (base, config.load("configs/toy.yaml", ["features.chunk=8"]))]
+    assert config.differences(*both) == ["  features.chunk: 32 there, 8 now"]  # BatchNorm's statistics are of so many snippets
+
+
+def test_batches_that_cannot_be_divided_are_found_before_the_first_stage(tmp_path, monkeypatch):
+    def look(*words):
+        lofi_tal.check(config.load("configs/toy.yaml", [f"out={tmp_path}/run", "lofi.batch_size=8", "pretrain.acp.batch_size=32", *words]), files=False)
     with pytest.raises(ValueError, match="lofi.batch_size 8 cannot be divided evenly over 1 processes and 3 micro-batches"):
-        config.check_numbers(cfg)
-    config.check_numbers(config.merge(cfg, {"lofi": {"accumulate": 2}}), 4)
-    with pytest.raises(ValueError, match="over 8 processes and 2"):
-        config.check_numbers(config.merge(cfg, {"lofi": {"accumulate": 2}}), 8)
-    config.check_numbers(config.merge(cfg, {"stages": ["pretrain", "features"]}))
+        look("lofi.accumulate=3")
+    look("lofi.accumulate=2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    look("lofi.accumulate=2")  # of something else: torchrun sets RANK, too
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="pretrain.acp.batch_size 32 cannot be divided evenly over 3 processes"):
+        look()
+    for product in ("pretrain", "lofi"):  # what is done needs no batches
+        os.makedirs(f"{tmp_path}/run/{product}")
+        open(f"{tmp_path}/run/{product}/encoder.pt", "w").close()
+    look("stages=[pretrain, lofi, features]")
+    with pytest.raises(ValueError, match="sola.batch_size 64 .* over 3 processes"):
+        look("stages=[pretrain, lofi, features, sola]")
 
 
 def test_a_run_of_before_the_key_precision_goes_on_as_auto(tmp_path):

@@ -595,9 +595,9 @@ def test_check_notices_frames_that_were_prepared_for_other_snippets(messy, tmp_p
     (folder / "video.json").write_text('{"fps": 8, "duration_sec": 8.0}')
     settings = {"snippets": 8, "frames": 2, "stride": 2, "short_side": 16, "copies": [], "quality": 90}
     media.prepare({"v": str(folder)}, str(tmp_path / "made"), settings, 0)
-    wanted = {"snippets": 8, "frames": 2, "stride": 2}
+    wanted = {"snippets": 8, "rate": None, "frames": 2, "stride": 2}
     look = lambda s: {p for _, v, p, _ in check.check(annotations, subsets=["training"], frames=str(tmp_path / "made"), settings=s, say=lambda w: None)[0] if v == "v"}  # noqa: E731
-    assert look(wanted) == set() and look({**wanted, "stride": 4}) == {"frames prepared otherwise"}
+    assert look(wanted) == set() and look({**wanted, "stride": 4}) == look({"rate": 3.0, "frames": 2, "stride": 2}) == {"frames prepared otherwise"}
     subsets, said = data.load_annotations(annotations), []
     for s in (wanted, {**wanted, "snippets": 20}):
         data.select(subsets, "training", str(tmp_path / "made"), "frames", said.append, settings=s)
