@@ -1,8 +1,8 @@
 """Records of finished rows in a JSON file, the statistics over their seeds, and the Markdown made of them. tables.py holds the rows, the claims and what runs them.
 
-A record: {"toy", "setting" (null: none), "seed", "row", "hash" (of its config, see `digest`), "words" (of --set), "mAP" {threshold: fraction}, "average", both with true classes
-("true mAP", "true"), "auc of AR@AN", "seconds", "class_source",
-"peak_memory_gb" (of a CPU process above an idle one, "idle_memory_gb"), "parameters" (of what it trained beside its head), "top1", "probe", "device", "machine", "torch", "precision", "threads", "date", "git"}.
+A record: {"toy", "setting" (null: none), "seed", "row", "hash" (of its config, see `digest`), "words" (of --set), "mAP" {threshold: fraction}, "average",
+both with true classes ("true mAP", "true"), "auc of AR@AN", "seconds", "peak_memory_gb" (of a CPU process above an idle one, "idle_memory_gb"),
+"parameters" (of what it trained beside its head), "top1", "probe", "class_source", "device", "precision", "threads", "machine", "torch", "git", "date"}.
 """
 import fcntl
 import hashlib
@@ -185,13 +185,15 @@ def record_of(folder, cfg, hash, *, toy, setting, seed, row, words=()):
     parameters, peak = trained(folder, cfg.stages)
     true_map, true = with_true_classes(folder, cfg)
     idle = 0.0 if cuda else idle_memory_gb()
-    return {"toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words), "mAP": metrics["mAP"], "average": metrics["average_mAP"],
-            "true mAP": true_map, "true": true, "auc of AR@AN": metrics["AR"]["AUC"], "seconds": metrics["seconds"], "class_source": metrics["class_source"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
-            "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
-            "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "moving_average", "after")} if probe else None,
-            "device": device, "machine": versions.get("machine") or ("unknown" if cuda else engine.machine_of(torch.device("cpu"))), "torch": versions.get("torch"), "threads": versions.get("threads"), "git": versions.get("git"),
-            "precision": precision_of(cfg, cuda),
-            "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(f"{folder}/metrics.json")))}
+    return {
+        "toy": toy, "setting": setting, "seed": seed, "row": row, "hash": hash, "words": list(words),
+        "mAP": metrics["mAP"], "average": metrics["average_mAP"], "true mAP": true_map, "true": true, "auc of AR@AN": metrics["AR"]["AUC"],
+        "seconds": metrics["seconds"], "peak_memory_gb": peak and max(peak - idle, 0.0), "idle_memory_gb": idle, "parameters": parameters,
+        "top1": ([p["top1"] for p in accuracy["phases"].values()] or [None])[-1] if accuracy else None,
+        "probe": {k: {m: probe[k][m] for m in ("accuracy", "auc")} for k in ("before", "moving_average", "after")} if probe else None,
+        "class_source": metrics["class_source"], "device": device, "precision": precision_of(cfg, cuda), "threads": versions.get("threads"),
+        "machine": versions.get("machine") or ("unknown" if cuda else engine.machine_of(torch.device("cpu"))), "torch": versions.get("torch"), "git": versions.get("git"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(f"{folder}/metrics.json")))}
 
 
 # ---------------------------------------------------------------- Markdown
@@ -269,7 +271,8 @@ def memory_lines(seeds, rows, cycles, small, large):
         lines.append(f"- S-, T- and ST-LoFi need about the same memory (LoFi, section 3.2): {text(means)}, largest / smallest {ratio:.2f}, to be at most 1.20: "
                      f"**{'reproduced' if ratio <= 1.2 else 'not reproduced'}**." + (f" Cycles over them: {text(other)}." if other else ""))
     if (a := gb(small)) is not None and (b := gb(large)) is not None:
-        lines.append(f"- SoLa trains in less memory than an encoder end to end at low fidelity T (SoLa, introduction): {text((a, b), 3)}, 1/{b / a:.1f}: **{'reproduced' if a < b else 'not reproduced'}**.")
+        lines.append("- SoLa trains in less memory than an encoder end to end at low fidelity T (SoLa, introduction): "
+                     f"{text((a, b), 3)}, 1/{b / a:.1f}: **{'reproduced' if a < b else 'not reproduced'}**.")
     return lines
 
 
