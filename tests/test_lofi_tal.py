@@ -272,7 +272,7 @@ def test_bad_input_is_one_clear_error(whole, toy_data, tmp_path):
     assert "python toy.py" in fails(argv + ["--set", "data.annotations=none.json"])  # no data yet
     assert "did you mean lofi.epochs" in fails(argv + ["--set", "lofi.epoch=1"])
     assert "pretrain.method has 'acpp', expected none, icp, acp, acp_plus" in fails(argv + ["--set", "pretrain.method=acpp"])
-    assert "lofi.cycle is ['X']" in fails(argv + ["--set", "lofi.cycle=[X]"])
+    assert "lofi.cycle has 'X', expected full, S, T, ST" in fails(argv + ["--set", "lofi.cycle=[X]"])
     assert "lofi.optimizer has 'lion', expected sgd" in fails(argv + ["--set", "lofi.optimizer=lion"])
     assert "head.schedule has 'linear'" in fails(argv + ["--set", "head.schedule=linear"])
     assert "lofi.epochs is 2.5, expected a whole number" in fails(argv + ["--set", "lofi.epochs=2.5"])
