@@ -5,7 +5,6 @@ weights of an undisturbed one, bit for bit on CPU, and a checkpoint needs no ran
 """
 import datetime
 import json
-import math
 import os
 import platform
 import resource
@@ -331,8 +330,9 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
                 if epoch == i == 0:
                     process.say(f"{name}: after the first step, peak memory {peak_memory_gb(device):.2f} GB a process")
                 done = (i + 1 - first) * sampler.batch_size
-                bar.set_postfix({"fidelity": sampler.fidelity(epoch, i).name, **{k: f"{v / (i + 1):.3f}" for k, v in state["sums"].items()},
-                                 "videos/s": f"{done / (time.monotonic() - epoch_started):.1f}", "GB": f"{peak_memory_gb(device):.1f}"}, refresh=False)
+                if not bar.disable:
+                    bar.set_postfix({"fidelity": sampler.fidelity(epoch, i).name, **{k: f"{v / (i + 1):.3f}" for k, v in state["sums"].items()},
+                                     "videos/s": f"{done / (time.monotonic() - epoch_started):.1f}", "GB": f"{peak_memory_gb(device):.1f}"}, refresh=False)
                 bar.update()
                 if flags[1]:
                     save()

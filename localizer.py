@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import config
 import data
 import engine
 import evaluate
@@ -115,8 +116,7 @@ def train(model, dataset, fidelities, *, options, loss, seed, name, folder, proc
     CyclicFidelitySampler. Losses take their random subsets from (seed, name, epoch, step), the same on every process.
     """
     accumulate, chunk, autocast = options.get("accumulate", 1), options.get("chunk", 0), process.autocast
-    if options["batch_size"] % (process.world * accumulate):
-        raise ValueError(f"{name}.batch_size {options['batch_size']} cannot be divided evenly over {process.world} processes and {accumulate} micro-batches")
+    config.check_batches({name: options}, process.world)
 
     def step(net, batch, epoch, i):
         generator = torch.Generator().manual_seed(data.seed_of(seed, name, epoch, i))

@@ -389,7 +389,7 @@ def render(store, *, tables, claims, controls, memory, settings, compared, label
             out.append(counts_line(judged, claims))
         out += [short.strip()] * bool(short.strip())
         if judged:
-            out += [x for x in (summary(seeds, tables["1"][1] | tables["beyond"][1], needs),) if x] + [verdict_table(judged, seeds)]
+            out += filter(None, (summary(seeds, tables["1"][1] | tables["beyond"][1], needs), verdict_table(judged, seeds)))
         if lines:
             out.append("Of memory, without a test:\n\n" + "\n".join(lines))
         out += [heading + long.strip()] * bool(heading)
