@@ -9,7 +9,6 @@ of the resident set over one first step in a process of its own: activations, gr
 """
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import engine  # noqa: E402
 from benchmarks import bmn_materialised, gtad_materialised  # noqa: E402
 from bmn import BMN  # noqa: E402
 from gtad import GTAD, loss_weights, losses, make_targets  # noqa: E402
@@ -70,10 +70,9 @@ def seconds(step, repeats, synchronise=lambda: None, **arguments):
 def resident_growth(args, name):
     """MB; in the child process."""
     step = setup(args, torch.device("cpu"))
-    unit = 1 if sys.platform == "darwin" else 1024                               # of ru_maxrss, bytes or kilobytes
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = engine.peak_memory_gb(torch.device("cpu"))
     step(name)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2 ** 20
+    return (engine.peak_memory_gb(torch.device("cpu")) - before) * 1e9 / 2 ** 20
 
 
 def report(title, times, memory):
@@ -85,7 +84,6 @@ def report(title, times, memory):
 
 
 def on_cpu(args):
-    # Memory first: on Linux a child's high-water mark starts at its parent's, which must still be small.
     options = [f"--{key}={getattr(args, key)}" for key in ("head", "batch", "length", "channels", "threads")]
     memory = {name: float(subprocess.run([sys.executable, __file__, "--memory", name, *options], check=True,
                                          stdout=subprocess.PIPE, text=True).stdout) for name in WAYS}
