@@ -26,6 +26,7 @@ import torch
 import yaml
 
 import config
+import media
 import results
 import toy
 
@@ -398,7 +399,7 @@ def make_all(plan, text, held, signals):
     path = plan.args.results
     store = results.read(f"{path}.json")
     run, unrecorded = look(plan, store)
-    gpus, cores = plan.gpus, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus, cores = plan.gpus, media.cores()
     slots = plan.args.jobs or len(gpus) or min(cores, 4)
     begun, took, count = {}, {}, [0]
 

@@ -29,6 +29,8 @@ import torch
 from torchcodec.encoders import JpegEncoder
 from tqdm import tqdm
 
+import media
+
 FPS = 8
 VERSION = 2  # of the drawing: goes up when the same arguments give other pictures
 SKEW = 0.7  # of a motion's phase: fast one way, slow the other, as most of what happens looks wrong played backwards; 0 would leave the arrow of time nothing to learn
@@ -284,7 +286,7 @@ def make_toy(out, *, seed=0, train=240, val=160, clips=3000, stills=1500, size=4
         os.makedirs(f"{part}/frames")
         make = partial(_make, folder=part, seed=seed, size=size, snippets=snippets, frames_per_snippet=frames_per_snippet,
                        clip_frames=clip_frames, competitors=competitors, busy=tuple(busy), near=near, scene=scene, amplitude=tuple(amplitude))
-        with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers or min(media.cores(), 16), torch.set_num_threads, (1,)) as pool:
             made = tqdm(pool.imap(make, jobs, chunksize=8), f"toy data in {out}", len(jobs), unit="file", smoothing=0, file=sys.stderr)
             database = dict(x for x in made if x)
         with open(f"{part}/annotations.json", "w") as f:
