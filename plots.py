@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from the files in its folder, so that they can be made again at any time. Needs matplotlib: pip install "lofi-tal[plots]".
+"""Pictures of a run, drawn from the files in its folder, so that they can be made again at any time. Needs matplotlib: pip install matplotlib.
 
     python plots.py timeline RUN [--video NAME ...] [--gt ANNOTATIONS] [--frames FOLDER] [--top 10] [--out FOLDER]
     python plots.py map RUN [NAME=RUN ...] --out map.png       mAP against tIoU; RUN as for evaluate.py --compare
@@ -33,7 +33,7 @@ def need_matplotlib():
     try:
         import matplotlib
     except ImportError:
-        raise ImportError('pictures need matplotlib: pip install "lofi-tal[plots]"') from None
+        raise ImportError('pictures need matplotlib: pip install matplotlib') from None
     return matplotlib
 
 
