@@ -350,7 +350,7 @@ def load_weights(encoder, source):
     problems += [f"{k} has shape {tuple(renamed[k].shape)}, expected {tuple(v.shape)}" for k, v in own.items()
                  if k in renamed and renamed[k].shape != v.shape]
     if problems:
-        raise ValueError(f"{source if isinstance(source, str) else 'the state dict'} does not fit this encoder: " + "; ".join(problems[:20])
-                         + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "") + ". Check the config's encoder block (name, depth, width)")
+        raise ValueError(f"{source if isinstance(source, str) else 'the state dict'} does not fit this encoder: " + "; ".join(problems)
+                         + ". Check the config's encoder block (name, depth, width)")
     encoder.load_state_dict(renamed, strict=False)
     return encoder
