@@ -23,12 +23,12 @@ def _inspect(path):
         return None, str(error), None
 
 
-def check(annotations, *, subsets=None, frames=None, features=None, durations=None, settings=None, required=None, workers=0, say=print):
+def check(annotations, *, subsets=None, frames=None, features=None, durations=None, settings=None, required=None, train=None, workers=0, say=print):
     """Looks through a data set; returns (problems, fatal): [(subset, video, problem, detail)] and what keeps training from starting or ending, [str].
 
     subsets: those to look at; None: all that have segments. frames: folder; features: folder, HDF5 file or a list of them. settings:
     snippets, frames and stride that prepared frames should have been made for. required: those of "frames" and "features" that training reads;
-    None: whatever is named, and a video needs one of them. One line a subset goes through `say`.
+    None: whatever is named, and a video needs one of them. train: the subset that needs segments, as others can be detected in without; None: all. One line a subset goes through `say`.
     """
     known = data.load_annotations(annotations)
     fatal = [f"the annotations have no subset {s!r}, only {sorted(known)}" for s in subsets or () if s not in known]
@@ -83,8 +83,10 @@ def check(annotations, *, subsets=None, frames=None, features=None, durations=No
         fatal += [f"no video of subset {subset} has {kind} that can be read" for kind in required or () if not (usable_frames if kind == "frames" else usable)]
         if np.isnan(told).all():
             fatal.append(f"no video of subset {subset} has a duration, in the annotations or elsewhere")
-        if not classes[subset]:
+        if not classes[subset] and train in (None, subset):
             fatal.append(f"subset {subset} has no segment that can be used")
+        elif not classes[subset]:
+            say(f"{subset}: no segments, so results will be written and not scored")
     everything = sorted({c for names in classes.values() for c in names})
     problems += [(subset, "-", "label lacking", c) for subset, names in classes.items() for c in everything if c not in names]
     for source, by_width in widths.items():
@@ -119,7 +121,7 @@ def write_problems(problems, path):
 
 
 def main_check(args):
-    settings = required = None
+    settings = required = train = None
     if args.cfg:
         whole = config.load(args.cfg, args.set)
         cfg, stages = whole.data, whole.stages
@@ -129,11 +131,11 @@ def main_check(args):
         if not args.features and {"sola", "head", "detect"} & set(stages) and "features" not in stages:
             args.features = f"{whole.out}/features"
         required += ["features"] if args.features else []
-        settings = data.settings_of(cfg)
+        settings, train = data.settings_of(cfg), cfg.train_subset
     if not args.annotations:
         raise ValueError("name a config with --cfg, or an annotation file with --annotations")
     problems, fatal = check(args.annotations, subsets=args.subsets, frames=args.frames, features=args.features, durations=args.durations,
-                            settings=settings, required=required, workers=args.workers)
+                            settings=settings, required=required, train=train, workers=args.workers)
     path = args.problems or f"{os.path.splitext(args.annotations)[0]}.problems.txt"
     write_problems(problems, path)
     kinds = {}

@@ -190,9 +190,28 @@ def list_hash(names):
     return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
 
 
+def fingerprint(items):
+    """{"count", "hash"} of videos, with their durations, segments and labels, or of clips: tells training data from others; not where they lie."""
+    digest = blake2b(digest_size=8)
+    if isinstance(items, Videos):
+        words = [*items.names, *(items.classes[k] for k in items.labels)]
+        for numbers in (items.duration, items.rows, items.segments):
+            digest.update(np.ascontiguousarray(numbers).tobytes())
+    else:
+        words = [repr((*item._replace(path=os.path.basename(item.path or "")),)) for item in items]
+    digest.update("\n".join(words).encode(errors="surrogatepass"))
+    return {"count": len(items), "hash": digest.hexdigest()}
+
+
 def file_hash(path):
     with open(path, "rb") as f:
         return sha256(f.read()).hexdigest()
+
+
+def facts_of_features(source):
+    """What the features.json say that lie in a folder of features, beside an HDF5 file, or with each of a list of these: dictionaries, of those that exist."""
+    paths = [f"{s if os.path.isdir(s) else os.path.dirname(s) or '.'}/features.json" for s in (source if isinstance(source, (list, tuple)) else [source])]
+    return [json.load(open(path)) for path in paths if os.path.exists(path)]
 
 
 def describe(videos):
@@ -291,10 +310,7 @@ def fill_durations(names, duration, *, told=None, source=None, paths=None):
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{told} cannot be read as durations ({type(error).__name__}: {error}): expected JSON {{VIDEO: seconds}}") from None
     elif source is not None:
-        beside = f"{source if os.path.isdir(source) else os.path.dirname(source) or '.'}/features.json"
-        if os.path.exists(beside):
-            with open(beside) as f:
-                about = {name: video["duration_sec"] for name, video in json.load(f).get("videos", {}).items()}
+        about = {name: video["duration_sec"] for facts in facts_of_features(source) for name, video in facts.get("videos", {}).items()}
     out = duration.copy()
     for i in np.flatnonzero(np.isnan(duration)).tolist():
         seconds = next((about[s] for s in media.spellings(names[i]) if s in about), None)
@@ -604,7 +620,7 @@ def open_hdf5(path):
     try:
         import h5py
     except ImportError:
-        raise ValueError(f"{path} is an HDF5 file, which needs h5py: pip install 'lofi-tal[hdf5]', or pip install h5py") from None
+        raise ValueError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
@@ -629,8 +645,10 @@ def shown(path):
     return path.replace("\0", ":")
 
 
-def read_features(path):
-    """The features of one video as find_features names them: (L, C), memory-mapped if it is an .npy file. ValueError if they cannot be read."""
+def read_features(path, values=True):
+    """The features of one video as find_features names them: (L, C), memory-mapped if it is an .npy file. ValueError if they cannot be read.
+
+    values: False if only their shape is wanted: an HDF5 file's are then not read, but zeros."""
     file, _, key = path.partition("\0")
     try:
         if file.endswith(".npy"):
@@ -642,7 +660,7 @@ def read_features(path):
                     if len(node) != 1:
                         raise ValueError(f"{len(node)} entries instead of one array: {list(node)[:5]}")
                     node = node[next(iter(node))]
-                features = node[()]
+                features = node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{shown(path)} cannot be read ({error}): expected an .npy or HDF5 array (L, C)") from None
     if features.ndim != 2 or not features.shape[0] or not np.issubdtype(features.dtype, np.floating):
@@ -688,7 +706,7 @@ class FeatureDataset:
 
     def snippets(self, index):
         """How many snippets a video has on disk, in the first source: what the fidelity NATIVE gives."""
-        return len(read_features(self.paths[0][index]))
+        return len(read_features(self.paths[0][index], values=False))
 
     def features(self, index, snippets=None, rows=slice(None)):
         """The snippets `rows` of video `index`, (C, L) float32, resized to `snippets` if told; the rate of several sources is that of the first."""
@@ -731,6 +749,12 @@ def window_starts(count, length):
     return [*range(0, count - length, length // 2), max(count - length, 0)]
 
 
+def windows_of(features, length):
+    """The windows of one video, features (C, count): (W, C, length), zero beyond the end of a video that is shorter than a window, and where they start."""
+    starts = window_starts(features.shape[1], length)
+    return torch.stack([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in (features[:, i:i + length] for i in starts)]), starts
+
+
 def in_window(video, count, first, length, inside=0.5):
     """The video as one of its windows sees it: segments as fractions of the window, clipped to it; those of which less than `inside` lies in it are gone."""
     segments = (video.segments * count - first) / length
@@ -762,18 +786,16 @@ class WindowDataset:
     def __len__(self):
         return len(self.items) if self.train else len(self.videos)
 
-    def window(self, index, first):
-        x = self.dataset.features(index, rows=slice(first, first + self.length))
-        return torch.nn.functional.pad(x, (0, self.length - x.shape[1]))
-
     def __getitem__(self, pair):
-        index, first = self.items[pair[0]].tolist() if self.train else (pair[0], None)
-        video, count = self.videos[index], self.dataset.snippets(index)
         if self.train:
-            seen = in_window(video, count, first, self.length)
-            return {"name": video.name, "features": self.window(index, first), "segments": seen.segments, "target": class_target(seen, self.classes)}
-        starts = window_starts(count, self.length)
-        return {"name": video.name, "features": torch.stack([self.window(index, first) for first in starts]), "first": torch.tensor(starts), "snippets": count}
+            index, first = self.items[pair[0]].tolist()
+            seen = in_window(self.videos[index], self.dataset.snippets(index), first, self.length)
+            x = self.dataset.features(index, rows=slice(first, first + self.length))
+            x = torch.nn.functional.pad(x, (0, self.length - x.shape[1]))
+            return {"name": seen.name, "features": x, "segments": seen.segments, "target": class_target(seen, self.classes)}
+        x = self.dataset.features(pair[0])
+        windows, starts = windows_of(x, self.length)
+        return {"name": self.videos[pair[0]].name, "features": windows, "first": torch.tensor(starts), "snippets": x.shape[1]}
 
 
 def collate(samples):
@@ -857,7 +879,7 @@ def main(argv=None):
     do.add_argument("--copies", type=int, nargs="*", help="short sides of smaller copies of each frame (default: short side / sqrt 2 and / 2, for low spatial "
                     "fidelity: a ZIP is 1.7 times as large, S and ST samples load 3 to 4 times as fast as full ones; no number: no copies)")
     do.add_argument("--quality", type=int, default=90, help="of the JPEGs; of the copies 5 less (default: %(default)s)")
-    do.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: this one (default: %(default)s)")
+    do.add_argument("--workers", type=int, default=media.cores(), help="processes; 0: this one (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.workers < 0:

@@ -87,7 +87,7 @@ def start_process(device="auto", precision="auto"):
     # After a restart torchrun's store still holds the addresses of the dead: look elsewhere in it.
     store = dist.PrefixStore(agree(store, rank, world), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                            timeout=datetime.timedelta(hours=1))  # one process may encode an hour longer than another
+                            timeout=datetime.timedelta(hours=1), device_id=device if cuda else None)  # one process may encode an hour longer than another
     return Process(dist.get_rank(), dist.get_world_size(), device, precision)
 
 
@@ -263,13 +263,14 @@ class Interrupted(SystemExit):
 
 
 def fit(model, step, dataset, sampler, collate, *, options, name, folder, process, workers=0, save_sec=60.0,
-        about=None):
+        about=None, training=None):
     """Trains `model` in place and returns (seconds, history), or raises Interrupted with everything saved in `folder`.
 
     step(net, batch, epoch, i): forward and backward of one batch through `net`, the model or its DDP wrapper; returns {term: scalar
     tensor} with "loss" in it. options: epochs and the arguments of make_optimizer and lr_factor; clip, the largest gradient norm, if any.
     Writes folder/checkpoint.pt every `save_sec` seconds, after an epoch and on SIGINT or SIGTERM, and resumes from it;
-    folder/metrics.jsonl has a line an epoch. about: plain data to keep in the checkpoint, such as the config.
+    folder/metrics.jsonl has a line an epoch. about: plain data to keep in the checkpoint, such as the config. training: plain data that tells
+    the training data from others; ValueError for a checkpoint of others, whose epochs and steps would mean something else.
     Raises FloatingPointError, naming the videos, when a loss or a gradient is not finite, before it can reach weights or checkpoint.
     """
     path, device = f"{folder}/checkpoint.pt", process.device
@@ -282,6 +283,9 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
         model.load_state_dict(saved.pop("model"))
         optimizer.load_state_dict(saved.pop("optimizer"))
         saved.pop("about", None)
+        began = saved.pop("training", None)
+        if None not in (began, training) and began != training:
+            raise ValueError(f"{path} was begun on other training data: {began} there, {training} now. Bring those back, or remove {folder} to begin this stage anew")
         state = saved
         process.say(f"{name}: resuming at epoch {state['epoch'] + 1}, step {state['step'] + 1}")
     net = model
@@ -296,7 +300,7 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
     def save():
         state["seconds"] = time.monotonic() - started
         if process.is_main:
-            save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **state, "about": about}, path)
+            save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict(), **state, "about": about, "training": training}, path)
 
     try:
         for epoch in range(state["epoch"], epochs):
@@ -360,4 +364,6 @@ def fit(model, step, dataset, sampler, collate, *, options, name, folder, proces
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+    for buffer in model.buffers() if process.world > 1 else ():  # a training BatchNorm's: the last step's are each process' own
+        dist.broadcast(buffer, 0)
     return time.monotonic() - started, state["history"]

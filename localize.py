@@ -143,9 +143,9 @@ def localize(model, video, bar=False):
         raise ValueError(f"{source.path} tells no frame rate: put a video.json {{\"fps\", \"duration_sec\"}} beside its frames")
     d, L, x, windows = model.cfg.detect, model.cfg.data.snippets, features_of(model, source, bar), None
     if model.cfg.data.get("windows"):
-        first = data.window_starts(x.shape[2], L)
-        windows = torch.tensor(first, device=x.device), x.shape[2]
-        x = torch.stack([torch.nn.functional.pad(part, (0, L - part.shape[1])) for part in (x[0, :, i:i + L] for i in first)])
+        count = x.shape[2]
+        x, first = data.windows_of(x[0], L)
+        windows = torch.tensor(first, device=x.device), count
     found, _ = detections(model.localizer, x, [""], [source.duration], model.classes, sigma=d.sigma, top_k=d.top_k, classes_per_video=d.classes_per_video,
                           windows=windows)
     return found[""]

@@ -129,7 +129,7 @@ def train(model, dataset, fidelities, *, options, loss, seed, name, folder, proc
     sampler = data.CyclicFidelitySampler(len(dataset), options["batch_size"], fidelities, seed=data.seed_of(seed, name), rank=process.rank,
                                          world=process.world, **cycle)
     return engine.fit(model, step, dataset, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
-                      save_sec=save_sec, about=about)[0]
+                      save_sec=save_sec, about=about, training=data.fingerprint(dataset.videos))[0]
 
 
 def dry_run(model, fidelities, frames_per_snippet, *, options, loss, process):
@@ -209,3 +209,18 @@ def detections(model, features, names, durations, classes, *, sigma, top_k, clas
     found = fuse(*(class_scores or (own, classes)), top_k=classes_per_video)
     agnostic = fuse(np.ones((len(names), 1)), [""])
     return found, {v: [{k: p[k] for k in ("score", "segment")} for p in proposals] for v, proposals in agnostic.items()}
+
+
+def score(annotations, folder, subset, thresholds, labelled=True):
+    """Metrics of what stage detect has written into a run's folder, those of evaluate.evaluate and "AR" of the class-agnostic proposals, and the main ones in words.
+
+    labelled: False for a subset without segments, such as a test set that others score: then there is nothing to measure.
+    """
+    if not labelled:
+        return {"subset": subset, "evaluated_videos": 0}, f"{folder}/result.json is written, not scored: subset {subset} has no segments"
+    metrics = evaluate.evaluate(annotations, f"{folder}/result.json", subset=subset, thresholds=thresholds)
+    metrics["AR"] = evaluate.evaluate(annotations, f"{folder}/proposals.json", subset=subset, ar=True)["AR"]
+    shown = ("0.5", "0.75", "0.95") if "0.75" in metrics["mAP"] else metrics["mAP"]
+    few = metrics["evaluated_videos"] < metrics["ground_truth_videos"]
+    return metrics, ("mAP " + ", ".join(f"@{t} {100 * metrics['mAP'][t]:.2f}" for t in shown) + f", average {100 * metrics['average_mAP']:.2f} %; evaluated "
+                     f"{metrics['evaluated_videos']} of {metrics['ground_truth_videos']} videos" + (f" (on these alone average {100 * metrics['common']['average_mAP']:.2f} %)" if few else ""))

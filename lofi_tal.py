@@ -28,7 +28,7 @@ import data
 import engine
 import evaluate
 import train_sola
-from localizer import HEADS, Localizer, detections, dry_run, encode, recalibrate, train
+from localizer import HEADS, Localizer, detections, dry_run, encode, recalibrate, score, train
 from pretrain import PHASES, clips_of, dry_run_phase, options_of, phases, train_classifier
 from tsm import make_encoder
 
@@ -56,12 +56,14 @@ def check(cfg, files=True):
     if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
         raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
-        data.check_segments(load_annotations(cfg.data.annotations), cfg.data.train_subset if {"lofi", "head"} & set(cfg.stages) else None, cfg.data.val_subset if "detect" in cfg.stages else None)
-        target = {"lofi", "features"} & set(cfg.stages) or "pretrain" in cfg.stages and "acp_plus" in cfg.pretrain.method
+        data.check_segments(load_annotations(cfg.data.annotations), cfg.data.train_subset if {"lofi", "head"} & set(todo) else None, cfg.data.val_subset if "detect" in todo else None)
+        target = {"lofi", "features"} & set(todo) or "pretrain" in todo and "acp_plus" in cfg.pretrain.method
         for which in ("train", "val") if target else ():
             subset(cfg, which, cfg.data.frames, "frames", say=lambda words: None)
-        for key, path in (("pretrain.start", cfg.pretrain.start), ("pretrain.checkpoint", cfg.pretrain.checkpoint), ("detect.classes_from", cfg.detect.classes_from)):
-            if path not in (None, "torchvision", "own", "ground_truth") and not os.path.isfile(path):
+        first = next((s for s in ("pretrain", "lofi", "features") if s in cfg.stages), None)  # it makes the encoder, or takes one from elsewhere
+        for key, path, stage in (("pretrain.start", cfg.pretrain.start, "pretrain"), ("pretrain.checkpoint", cfg.pretrain.checkpoint, first),
+                                 ("detect.classes_from", cfg.detect.classes_from, "detect")):
+            if stage in todo and path not in (None, "torchvision", "own", "ground_truth") and not os.path.isfile(path):
                 raise FileNotFoundError(f"no file {path} (config key {key})")
 
 
@@ -103,6 +105,8 @@ def pretrain(cfg, process):
     method, checkpoint = cfg.pretrain.method, cfg.pretrain.checkpoint
     torch.manual_seed(data.seed_of(cfg.seed, "encoder"))
     encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), engine.seconds_of(checkpoint), {}
+    if checkpoint:
+        process.say(f"pretrain: goes on from the encoder {checkpoint}" if phases(method, checkpoint) else f"pretrain: nothing to train, the encoder is {checkpoint}")
     for phase in phases(method, checkpoint):
         options = options_of(cfg.pretrain, phase)
         clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say,
@@ -209,7 +213,7 @@ def head(cfg, process):
         model.mean[:], model.std[:], model.video_std[:] = dataset.statistics()
     seconds = fit(model.to(process.device), dataset, [full_fidelity(cfg)], cfg.head, cfg, process, "head")
     if process.is_main:
-        engine.save_weights(model, f"{cfg.out}/head/head.pt", classes=dataset.classes, seconds=seconds)
+        engine.save_weights(model, f"{cfg.out}/head/head.pt", classes=dataset.classes, seconds=seconds, training=data.fingerprint(dataset.videos))
 
 
 def detect(cfg, process):
@@ -224,13 +228,13 @@ def detect(cfg, process):
     model.to(process.device).eval()
     duration, results, proposals = {v.name: v.duration for v in dataset.videos}, {}, {}
     source = {"own": "video classifier of the run", "ground_truth": "ground truth (analysis)"}.get(cfg.detect.classes_from, f"external file {cfg.detect.classes_from}")
+    if cfg.detect.classes_from != "own":
+        truth, row = cfg.detect.classes_from == "ground_truth", {name: i for i, name in enumerate(duration)}
+        scores, classes = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, list(row), subset=cfg.data.val_subset, ground_truth=truth)
     for batch in engine.batches(dataset, full_fidelity(cfg), 1 if cfg.data.windows else 32, data.collate, name="detect", process=process):
-        names, class_scores, x = batch["name"], None, batch["features"]
+        names, x = batch["name"], batch["features"]
         x, windows = (x[0], (batch["first"][0], batch["snippets"].item())) if cfg.data.windows else (x, None)
-        if cfg.detect.classes_from != "own":
-            truth = cfg.detect.classes_from == "ground_truth"
-            class_scores = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, names,
-                                                      subset=cfg.data.val_subset, ground_truth=truth)
+        class_scores = None if cfg.detect.classes_from == "own" else (scores[[row[n] for n in names]], classes)
         found = detections(model, x, names, [duration[n] for n in names], dataset.classes, sigma=cfg.detect.sigma, top_k=cfg.detect.top_k,
                            classes_per_video=cfg.detect.classes_per_video, class_scores=class_scores, windows=windows)
         results |= found[0]
@@ -241,14 +245,10 @@ def detect(cfg, process):
     order = [v.name for v in dataset.videos]  # one order, however many ranks
     evaluate.save_results({v: proposals[v] for v in order}, f"{cfg.out}/proposals.json", seed=cfg.seed)
     evaluate.save_results({v: results[v] for v in order}, f"{cfg.out}/result.json", class_source=source, seed=cfg.seed)
-    metrics = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/result.json", subset=cfg.data.val_subset, thresholds=cfg.detect.tiou)
-    recall = evaluate.evaluate(cfg.data.annotations, f"{cfg.out}/proposals.json", subset=cfg.data.val_subset, ar=True)["AR"]
-    folders = feature_folder(cfg)
-    before = sum(json.load(open(f"{f}/features.json")).get("seconds", 0.0) for f in ([folders] if isinstance(folders, str) else folders) if os.path.exists(f"{f}/features.json"))
-    seconds = before + saved["seconds"] + time.monotonic() - started
-    engine.save_json({**metrics, "AR": recall, "seconds": seconds, "seed": cfg.seed, "videos": data.list_hash(order)}, f"{cfg.out}/metrics.json")
-    process.say(f"{cfg.out}: mAP " + ", ".join(f"@{t} {100 * metrics['mAP'][t]:.2f}" for t in (("0.5", "0.75", "0.95") if "0.75" in metrics["mAP"] else metrics["mAP"]))
-                + f", average {100 * metrics['average_mAP']:.2f} %; evaluated {metrics['evaluated_videos']} of {metrics['ground_truth_videos']} videos")
+    metrics, words = score(cfg.data.annotations, cfg.out, cfg.data.val_subset, cfg.detect.tiou, len(load_annotations(cfg.data.annotations)[cfg.data.val_subset].segments) > 0)
+    seconds = sum(f.get("seconds", 0.0) for f in data.facts_of_features(feature_folder(cfg))) + saved["seconds"] + time.monotonic() - started
+    engine.save_json({**metrics, "seconds": seconds, "seed": cfg.seed, "videos": data.list_hash(order), "training": saved.get("training")}, f"{cfg.out}/metrics.json")
+    process.say(f"{cfg.out}: {words}")
 
 
 STAGES = {stage.__name__: (stage, product) for stage, product in (
@@ -290,8 +290,8 @@ def main(argv=None):
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        sys.exit(f"lofi_tal.py: out of memory: {str(error).splitlines()[0]}\nset lofi.chunk (the memory of so many snippets, the same gradient), "
-                 "lofi.accumulate (smaller micro-batches, the same gradient) or encoder.recompute; for stage features, a smaller features.chunk")
+        sys.exit(f"lofi_tal.py: out of memory: {str(error).splitlines()[0]}\nin stage lofi set lofi.chunk (the memory of so many snippets) or lofi.accumulate (micro-batches), "
+                 "both with the same gradient, or encoder.recompute; in stage features, a smaller features.chunk; in the others, a smaller batch_size, in another `out`")
     except KeyboardInterrupt:  # outside of training, which saves its state first
         sys.exit("lofi_tal.py: interrupted; the same command goes on from the last finished file")
 

@@ -38,7 +38,10 @@ class Classifier(nn.Module):
 
 
 def phases(method, checkpoint):
-    """What is left to train when `checkpoint`, if any, replaces the training of all but the second phase."""
+    """What is left to train when `checkpoint`, if any, replaces the training of all but the second phase. ValueError where it would pass for what it is not."""
+    if checkpoint and (method in PLAYS or method == "icp" and checkpoint != "torchvision"):
+        raise ValueError(f"pretrain.checkpoint {checkpoint} would replace the training that pretrain.method {method} asks for, under its name: set pretrain.checkpoint=null, "
+                         "or, if this encoder is what you want, pretrain.method=none")
     return PHASES[method][1 if checkpoint else 0:]
 
 
@@ -182,7 +185,7 @@ def train_classifier(encoder, clips, *, size, seed, options, name, folder, proce
     sampler = data.CyclicFidelitySampler(len(train), options["batch_size"], [fidelity], seed=data.seed_of(seed, name), rank=process.rank, world=process.world,
                                          together=together)
     seconds, _ = engine.fit(model, step, train, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
-                            save_sec=save_sec)
+                            save_sec=save_sec, training=data.fingerprint(clips[0]))
     model.eval()
     right = torch.zeros(1, dtype=torch.float64)
     with torch.no_grad(), process.autocast():

@@ -6,7 +6,6 @@
     FOLDER/probe.json           linear probe "action or background snippet" on validation videos: an evaluation, which does read labels
     FOLDER/metrics.jsonl        by epoch: loss, floor (what the loss cannot fall below), spread of the features (0: collapsed), gate tanh(alpha)
 """
-import json
 import os
 import sys
 import time
@@ -105,7 +104,7 @@ def train(dataset, *, options, seed, folder, process, workers=0, save_sec=60.0, 
     sampler = data.CyclicFidelitySampler(len(subsequences), batch_size, [data.NATIVE], seed=data.seed_of(seed, "sola"),
                                          rank=process.rank, world=process.world)
     seconds, _ = engine.fit(model, step, subsequences, sampler, data.collate, options=options, name="sola", folder=folder, process=process,
-                            workers=workers, save_sec=save_sec, about=about)
+                            workers=workers, save_sec=save_sec, about=about, training=data.fingerprint(dataset.videos))
     return model.sola.eval().requires_grad_(False), seconds, short
 
 
@@ -170,12 +169,14 @@ def run(train_set, held_out, source, *, options, snippets, folder, process, work
     engine.save_weights(sola, f"{folder}/sola.pt", **sola.sizes, **facts, videos=len(train_set) - len(short), left_out=len(short))
     maps = similarity_maps(sola, held_out, snippets, process.device)
     engine.write_aside(f"{folder}/similarity.npz", partial(np.savez, **maps))
-    found = probe(sola, train_set, held_out, process.device, options["probe_videos"])
-    engine.save_json(found, f"{folder}/probe.json")
-    process.say("sola: linear probe, action or background, on {} held-out videos: ".format(found["held_out"]["videos"]) + "; ".join(
-        f"{k.replace('_', ' ')} accuracy {100 * found[k]['accuracy']:.1f} %, AUC {found[k]['auc']:.3f}" for k in ("before", "moving_average", "after")))
-    described = [f"{f if os.path.isdir(f) else os.path.dirname(f) or '.'}/features.json" for f in ([source] if isinstance(source, str) else source)]
-    before = [json.load(open(path)) for path in described if os.path.exists(path)]
+    if any(len(v.segments) for v in held_out.videos):
+        found = probe(sola, train_set, held_out, process.device, options["probe_videos"])
+        engine.save_json(found, f"{folder}/probe.json")
+        process.say("sola: linear probe, action or background, on {} held-out videos: ".format(found["held_out"]["videos"]) + "; ".join(
+            f"{k.replace('_', ' ')} accuracy {100 * found[k]['accuracy']:.1f} %, AUC {found[k]['auc']:.3f}" for k in ("before", "moving_average", "after")))
+    else:
+        process.say("sola: no linear probe, as the held-out videos have no segments")
+    before = data.facts_of_features(source)
     videos = {v.name: {"duration_sec": v.duration} for dataset in (train_set, held_out) for v in dataset.videos}  # where annotations tell none
     engine.save_json({**(before[0] if before else {}), "videos": videos, "sola": f"{folder}/sola.pt", "from": source, "channels": train_set.channels,
                       "seconds": seconds + sum(b.get("seconds", 0.0) for b in before), "sola_seconds": seconds}, f"{folder}/features/features.json")

@@ -482,6 +482,10 @@ def test_features_come_from_npy_and_hdf5_files_alike(tmp_path):
         assert dataset.channels == 2 and [dataset.snippets(i) for i in range(2)] == [4, 6]
         for i, x in enumerate(arrays.values()):
             assert np.array_equal(dataset[i, data.NATIVE]["features"].t().numpy(), x)
+        windows = data.WindowDataset(dataset, 4)[1, None]
+        assert windows["first"].tolist() == [0, 2] and np.array_equal(windows["features"].permute(0, 2, 1), np.stack([x[:4], x[2:]]))
+        shape = data.read_features(dataset.paths[0][1], values=False)
+        assert shape.shape == (6, 2) and (source == sources[0] or shape.strides == (0, 0))  # nothing read, nothing held
     loader = torch.utils.data.DataLoader(data.FeatureDataset(videos, sources[1], []), batch_sampler=[[(0, data.Fidelity("full", 4, 0))], [(1, data.Fidelity("full", 4, 0))]],
                                          collate_fn=data.collate, num_workers=2)  # two processes read one HDF5 file
     assert [b["name"] for b in loader] == [["v"], ["w"]]
@@ -520,7 +524,7 @@ def test_odd_feature_files_are_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"{name}.*{words}"):
             data.read_features(str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ValueError, match=r"needs h5py: pip install 'lofi-tal\[hdf5\]'"):
+    with pytest.raises(ValueError, match=r"needs h5py: pip install h5py"):
         data.find_features(str(tmp_path / "two.h5"), ["a"])
 
 

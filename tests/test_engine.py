@@ -36,9 +36,9 @@ class Rows(torch.utils.data.Dataset):
         return {"name": f"row{i}", "x": self.x[i] + 0.1 * noise, "y": self.x[i].sum()}
 
 
-def train(folder, *, stop_at=None, bad_at=None, bad_gradient_at=None, options=OPTIONS, process=ALONE, **kwargs):
+def train(folder, *, stop_at=None, bad_at=None, bad_gradient_at=None, options=OPTIONS, process=ALONE, make=lambda: torch.nn.Linear(3, 1), **kwargs):
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 1)
+    model = make()
     sampler = data.CyclicFidelitySampler(20, 4, [data.Fidelity("S", 1, 1)], rank=process.rank, world=process.world)
 
     def step(net, batch, epoch, i):
@@ -74,6 +74,14 @@ def test_a_stopped_run_resumes_to_the_very_same_weights_and_log(tmp_path, stop_a
     drop = {"seconds", "videos_per_sec", "peak_memory_gb"}
     assert [{k: v for k, v in r.items() if k not in drop} for r in history] == [{k: v for k, v in r.items() if k not in drop} for r in again]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+
+
+def test_a_run_does_not_resume_on_other_training_data(tmp_path):
+    with pytest.raises(engine.Interrupted):
+        train(tmp_path, stop_at=(1, 2), training={"count": 20, "hash": "a"})
+    with pytest.raises(ValueError, match=r"checkpoint.pt was begun on other training data: .*'hash': 'a'} there, .*'hash': 'b'} now"):
+        train(tmp_path, training={"count": 20, "hash": "b"})
+    train(tmp_path, training={"count": 20, "hash": "a"})
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_videos(tmp_path):
@@ -158,8 +166,10 @@ def test_two_gloo_processes_give_the_weights_of_one(tmp_path):
         seen = [b["name"] for b in engine.batches(test_engine.Rows(5), None, 2, test_engine.data.collate, name="x", process=process)]
         names = [None, None]
         torch.distributed.all_gather_object(names, sum(seen, []))
+        normed, _ = test_engine.train({str(tmp_path)!r} + "/norm", process=process, make=lambda: torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)))
+        norms = engine.gather(normed[0].running_mean, process)
         if process.is_main:
-            torch.save({{"weights": [p.detach() for p in model.parameters()], "mean": x, "names": names[0] + names[1]}}, {str(tmp_path)!r} + "/out.pt")
+            torch.save({{"weights": [p.detach() for p in model.parameters()], "mean": x, "names": names[0] + names[1], "norms": norms}}, {str(tmp_path)!r} + "/out.pt")
     """))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)], check=True, timeout=120,
                    capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -167,6 +177,8 @@ def test_two_gloo_processes_give_the_weights_of_one(tmp_path):
     for a, b in zip(out["weights"], model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert out["mean"] == 0.5 and sorted(out["names"]) == [f"row{i}" for i in range(5)]  # each sample once
+    saved = torch.load(tmp_path / "norm/checkpoint.pt")["model"]["0.running_mean"]  # each process saw other rows, and all go on with the saved statistics
+    assert out["norms"][0].any() and all(torch.equal(n, saved) for n in out["norms"])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere only the operating system's own measure is there")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import lofi_tal
 import toy
 from pretrain import Classifier
@@ -283,6 +284,7 @@ def test_bad_input_is_one_clear_error(whole, toy_data, tmp_path):
     assert "no file cuhk.json (config key detect.classes_from)" in fails(argv + ["--set", "detect.classes_from=cuhk.json"])
     assert "stages has 'lofy'" in fails(argv + ["--set", "stages=[lofy]"])
     assert "no file none.pt (config key pretrain.checkpoint)" in fails(argv + ["--set", "pretrain.checkpoint=none.pt"])
+    assert "checkpoint none.pt would replace the training that pretrain.method icp asks for" in fails(argv + ["--set", "pretrain.method=icp", "pretrain.checkpoint=none.pt"])
     assert "list stage pretrain before it" in fails(argv + ["--set", "stages=[features]"])
     assert "head.pt" in fails(argv + ["--set", "stages=[detect]"])
     message = fails(arguments(toy_data, whole, "lofi.warmup=0.99"))
@@ -316,10 +318,30 @@ def test_videos_without_frames_are_left_out_and_evaluation_says_so(whole, toy_da
     words = [f"data.frames={frames}", "stages=[features,head,detect]", f"pretrain.checkpoint={whole}/pretrain/encoder.pt"]
     lofi_tal.main(arguments(toy_data, tmp_path / "run", *words))
     said = capsys.readouterr().out
-    assert "training: 1 of 8 videos have no frames in" in said and "toy_00000" in said and "evaluated 7 of 8 videos" in said
+    assert "training: 1 of 8 videos have no frames in" in said and "toy_00000" in said and "evaluated 7 of 8 videos (on these alone average " in said
     for f in frames.glob("*.zip"):
         f.unlink()
+    once = result_of(tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink(), (tmp_path / "run/head/head.pt").unlink()
+    lofi_tal.main(arguments(toy_data, tmp_path / "run", *words))  # what is left to do reads no frames
+    assert result_of(tmp_path / "run") == once and once[0]["training"]["count"] == 7
     assert "none of the 8 training videos has frames in" in fails(arguments(toy_data, tmp_path / "none", *words))
+
+
+def test_a_subset_without_segments_is_detected_in_and_not_scored(whole, toy_data, tmp_path, capsys):
+    database = json.load(open(f"{toy_data}/annotations.json"))
+    for entry in database["database"].values():
+        if entry["subset"] == "validation":
+            entry |= {"subset": "testing", "annotations": []}
+    (tmp_path / "annotations.json").write_text(json.dumps(database))
+    words = arguments(toy_data, tmp_path / "run", "stages=[features,head,detect]", f"pretrain.checkpoint={whole}/pretrain/encoder.pt", "data.val_subset=testing",
+                      f"data.annotations={tmp_path}/annotations.json")
+    for said in ("result.json is written, not scored: subset testing has no segments", "nothing was left to do"):
+        lofi_tal.main(words)
+        assert said in capsys.readouterr().out
+    metrics, results = result_of(tmp_path / "run")
+    assert len(results) == 8 and all(results.values()) and "mAP" not in metrics and len(metrics["videos"]) == 16
+    assert data.main(["check", *words]) == 0 and "testing: no segments, so results will be written and not scored" in capsys.readouterr().out
 
 
 def test_a_dry_run_without_frames_builds_no_encoder(tmp_path, capsys):

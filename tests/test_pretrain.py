@@ -179,9 +179,12 @@ def test_a_csv_of_clips(tmp_path):
 
 
 def test_a_checkpoint_replaces_all_but_the_target_s_segments():
-    assert {m: (pretrain.phases(m, None), pretrain.phases(m, "a.pt")) for m in pretrain.PHASES} == {
-        "none": ([], []), "icp": (["icp"], []), "acp": (["acp"], []), "arrow": (["arrow"], []), "speed": (["speed"], []),
-        "acp_plus": (["acp", "acp_plus"], ["acp_plus"]), "acp_plus_background": (["acp", "acp_plus_background"], ["acp_plus_background"])}
+    replaced = {"none": [], "acp": [], "acp_plus": ["acp_plus"], "acp_plus_background": ["acp_plus_background"]}
+    assert {m: pretrain.phases(m, None) for m in pretrain.PHASES} == pretrain.PHASES
+    assert {m: pretrain.phases(m, "a.pt") for m in replaced} == replaced and pretrain.phases("icp", "torchvision") == []
+    for method in ("icp", "arrow", "speed"):  # an ACP encoder, say, would pass for one trained so
+        with pytest.raises(ValueError, match=f"a.pt would replace the training that pretrain.method {method} asks for"):
+            pretrain.phases(method, "a.pt")
     cfg = config.load("configs/toy.yaml", ["pretrain.speed.source=elsewhere"]).pretrain
     assert pretrain.options_of(cfg, "arrow")["source"] == cfg.acp.source and pretrain.options_of(cfg, "speed")["source"] == "elsewhere"
     assert pretrain.options_of(cfg, "acp_plus_background") == cfg.acp_plus
