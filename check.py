@@ -83,12 +83,12 @@ def check(annotations, *, subsets=None, frames=None, features=None, durations=No
         fatal += [f"no video of subset {subset} has {kind} that can be read" for kind in required or () if not (usable_frames if kind == "frames" else usable)]
         if np.isnan(told).all():
             fatal.append(f"no video of subset {subset} has a duration, in the annotations or elsewhere")
-        if not classes[subset] and train in (None, subset):
-            fatal.append(f"subset {subset} has no segment that can be used")
-        elif not classes[subset]:
+        if train not in (None, subset) and not len(videos.segments):
             say(f"{subset}: no segments, so results will be written and not scored")
+        elif not classes[subset]:
+            fatal.append(f"subset {subset} has no segment that can be used")
     everything = sorted({c for names in classes.values() for c in names})
-    problems += [(subset, "-", "label lacking", c) for subset, names in classes.items() for c in everything if c not in names]
+    problems += [(subset, "-", "label lacking", c) for subset, names in classes.items() for c in everything if names and c not in names]
     for source, by_width in widths.items():
         usual = max(by_width, key=lambda c: len(by_width[c]))
         problems += [(subset, name, "other channel count", f"{path} has {c} channels, most have {usual}")

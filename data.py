@@ -198,7 +198,7 @@ def fingerprint(items):
         for numbers in (items.duration, items.rows, items.segments):
             digest.update(np.ascontiguousarray(numbers).tobytes())
     else:
-        words = [repr((*item._replace(path=os.path.basename(item.path or "")),)) for item in items]
+        words = [repr((*item._replace(path=os.path.splitext(os.path.basename(item.path or ""))[0]),)) for item in items]
     digest.update("\n".join(words).encode(errors="surrogatepass"))
     return {"count": len(items), "hash": digest.hexdigest()}
 
@@ -211,7 +211,7 @@ def file_hash(path):
 def facts_of_features(source):
     """What the features.json say that lie in a folder of features, beside an HDF5 file, or with each of a list of these: dictionaries, of those that exist."""
     paths = [f"{s if os.path.isdir(s) else os.path.dirname(s) or '.'}/features.json" for s in (source if isinstance(source, (list, tuple)) else [source])]
-    return [json.load(open(path)) for path in paths if os.path.exists(path)]
+    return [json.load(open(path)) for path in dict.fromkeys(paths) if os.path.exists(path)]  # two files in one folder share one
 
 
 def describe(videos):
@@ -238,10 +238,12 @@ def find(source, kind, names):
     return media.find_media(source, names) if kind == "frames" else find_features(source, names)
 
 
-def check_segments(subsets, train=None, val=None):
-    """ValueError if subset `train` has no segment that can be trained on, or `val` one that evaluation refuses, a NaN."""
+def check_segments(subsets, train=None, val=None, classes=False):
+    """ValueError if subset `train` has no segment that can be trained on, or `val` one that evaluation refuses, a NaN, or none though its `classes` are wanted."""
     if train in subsets and not class_names(subsets[train]):
         raise ValueError(f"subset {train} has {len(subsets[train])} videos and no segment that can be trained on: expected one that ends after it starts, within its video")
+    if classes and val in subsets and not len(subsets[val].segments):
+        raise ValueError(f"detect.classes_from is ground_truth, but subset {val} has no segments to take classes from")
     if val in subsets and len(bad := np.flatnonzero(~np.isfinite(subsets[val].segments).all(1))):
         names = names_of(subsets[val])
         raise ValueError(f"subset {val} has {len(bad)} segments that are NaN or infinite, first in video {names[subsets[val].owners()[bad[0]]]}: evaluation needs numbers, take them out")

@@ -220,7 +220,7 @@ def score(annotations, folder, subset, thresholds, labelled=True):
         return {"subset": subset, "evaluated_videos": 0}, f"{folder}/result.json is written, not scored: subset {subset} has no segments"
     metrics = evaluate.evaluate(annotations, f"{folder}/result.json", subset=subset, thresholds=thresholds)
     metrics["AR"] = evaluate.evaluate(annotations, f"{folder}/proposals.json", subset=subset, ar=True)["AR"]
-    shown = ("0.5", "0.75", "0.95") if "0.75" in metrics["mAP"] else metrics["mAP"]
+    shown = [t for t in metrics["mAP"] if t in ("0.5", "0.75", "0.95")] if "0.75" in metrics["mAP"] else metrics["mAP"]
     few = metrics["evaluated_videos"] < metrics["ground_truth_videos"]
     return metrics, ("mAP " + ", ".join(f"@{t} {100 * metrics['mAP'][t]:.2f}" for t in shown) + f", average {100 * metrics['average_mAP']:.2f} %; evaluated "
                      f"{metrics['evaluated_videos']} of {metrics['ground_truth_videos']} videos" + (f" (on these alone average {100 * metrics['common']['average_mAP']:.2f} %)" if few else ""))

@@ -32,7 +32,6 @@ from localizer import HEADS, Localizer, detections, dry_run, encode, recalibrate
 from pretrain import PHASES, clips_of, dry_run_phase, options_of, phases, train_classifier
 from tsm import make_encoder
 
-
 load_annotations = lru_cache(1)(data.load_annotations)  # one reading serves the check and every stage of a run
 
 
@@ -56,7 +55,8 @@ def check(cfg, files=True):
     if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
         raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
     if files:
-        data.check_segments(load_annotations(cfg.data.annotations), cfg.data.train_subset if {"lofi", "head"} & set(todo) else None, cfg.data.val_subset if "detect" in todo else None)
+        data.check_segments(load_annotations(cfg.data.annotations), cfg.data.train_subset if {"lofi", "head"} & set(todo) else None,
+                            cfg.data.val_subset if "detect" in todo else None, cfg.detect.classes_from == "ground_truth")
         target = {"lofi", "features"} & set(todo) or "pretrain" in todo and "acp_plus" in cfg.pretrain.method
         for which in ("train", "val") if target else ():
             subset(cfg, which, cfg.data.frames, "frames", say=lambda words: None)

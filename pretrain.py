@@ -90,7 +90,7 @@ def segments_of(train, held_out, background=0):
     parts = []
     for videos in (train, held_out):
         clips = data.segment_clips(videos, None, classes)
-        if background:
+        if background and clips:  # without segments, nothing tells what is background
             clips += [data.Clip(v.path, start * v.duration, end * v.duration, len(classes), v.duration)
                       for v in videos for start, end in between(v.segments, 1 / background)]
         parts.append(clips)

@@ -255,7 +255,7 @@ def test_acp_plus_and_icp_feed_the_same_stages(whole, toy_data, tmp_path, capsys
 
 
 def test_bmn_is_one_word_away(whole, toy_data, tmp_path):
-    lofi_tal.main(arguments(toy_data, tmp_path / "bmn", "tal_head=bmn", "bmn={hidden: 16, map_hidden: [16, 8], samples: 4}", "lofi.epochs=1",
+    lofi_tal.main(arguments(toy_data, tmp_path / "bmn", "tal_head=bmn", "bmn={hidden: 16, map_hidden: [16, 8], samples: 4}", "lofi.epochs=1", "detect.tiou=[0.75]",
                             f"pretrain.checkpoint={whole}/pretrain/encoder.pt"))
     assert result_of(tmp_path / "bmn")[0]["evaluated_videos"] == 8
     assert "head.x_3d_p.0.weight" in torch.load(tmp_path / "bmn/head/head.pt", weights_only=True)["model"]
@@ -341,6 +341,7 @@ def test_a_subset_without_segments_is_detected_in_and_not_scored(whole, toy_data
         assert said in capsys.readouterr().out
     metrics, results = result_of(tmp_path / "run")
     assert len(results) == 8 and all(results.values()) and "mAP" not in metrics and len(metrics["videos"]) == 16
+    assert "subset testing has no segments to take classes from" in fails([*words, f"out={tmp_path}/other", "detect.classes_from=ground_truth"])
     assert data.main(["check", *words]) == 0 and "testing: no segments, so results will be written and not scored" in capsys.readouterr().out
 
 
