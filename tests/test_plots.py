@@ -269,7 +269,7 @@ def test_no_display_and_no_pyplot():
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=os.path.dirname(plots.__file__)).returncode == 0
 
 
-def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plots.draw_timeline([], name="v")
