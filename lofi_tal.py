@@ -14,7 +14,6 @@ The config lists the stages. Each writes into the run's folder; a finished one i
     detect    proposals, soft-NMS, classes, mAP          -> OUT/result.json, OUT/metrics.json
 """
 import argparse
-import json
 import os
 import sys
 import time
@@ -105,9 +104,10 @@ def pretrain(cfg, process):
     method, checkpoint = cfg.pretrain.method, cfg.pretrain.checkpoint
     torch.manual_seed(data.seed_of(cfg.seed, "encoder"))
     encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), engine.seconds_of(checkpoint), {}
+    left = phases(method, checkpoint)
     if checkpoint:
-        process.say(f"pretrain: goes on from the encoder {checkpoint}" if phases(method, checkpoint) else f"pretrain: nothing to train, the encoder is {checkpoint}")
-    for phase in phases(method, checkpoint):
+        process.say(f"pretrain: goes on from the encoder {checkpoint}" if left else f"pretrain: nothing to train, the encoder is {checkpoint}")
+    for phase in left:
         options = options_of(cfg.pretrain, phase)
         clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say,
                          (cfg.data.train_subset, cfg.data.val_subset))

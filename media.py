@@ -32,13 +32,13 @@ from torchcodec.decoders import decode_jpeg
 from torchcodec.encoders import JpegEncoder
 from tqdm import tqdm
 
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp", ".ogv")
+ENOUGH = 0.9  # a video of which less decodes is refused
+
 
 def cores():
     """How many processors this process may use, which need not be all that there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp", ".ogv")
-ENOUGH = 0.9  # a video of which less decodes is refused
 
 
 def snippet_frames(num_frames, snippets, frames, stride):

@@ -80,10 +80,10 @@ def compute(func, args, kwargs):
         raise RuntimeError(f"{name} got a generator of the CPU for a tensor on the device")
     args, kwargs = tree_map(lambda t: t.values if isinstance(t, Elsewhere) else t, (args, kwargs))
     out = func(*args, **kwargs)
-    if not there and name != "copy_" or name == "_local_scalar_dense":
+    if not there or name == "_local_scalar_dense":
         return out
     own = {id(t.values if isinstance(t, Elsewhere) else t): t for t in tensors}  # what an operation in place gives back is its argument
-    return tree_map(lambda t: own.get(id(t)) if id(t) in own else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out)
+    return tree_map(lambda t: own[id(t)] if id(t) in own else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out)
 
 
 class OnDevice(TorchDispatchMode):
