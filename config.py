@@ -1,209 +1,555 @@
-"""A run's config: configs/default.yaml, then a file, then key=value words; a run's folder, with what a number needs to be believed."""
+"""Read a run's config: configs/default.yaml, then a file, then key=value overrides; check it.
+
+A config is a nested dictionary whose keys are attributes too: cfg.lofi.lr. What it names on disk
+is looked at before the first stage starts (`check_inputs`), and its run folder keeps a copy
+(`open_run`), with the versions of everything that made the numbers.
+"""
+
+import argparse
+import contextlib
 import difflib
-import glob
+import functools
 import json
+import math
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import torch
 import torchvision
 import yaml
 
+import data
+import evaluate
+import tsm
+import video_encoders
+from checkpoint import RunFolder, load_json, machine_name, remove_stale_parts, save_json, seconds_of
+from media import InputError
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-STAGES = ("pretrain", "lofi", "features", "sola", "head", "detect")  # in this order, however a config lists them
-FREE = {"data.workers", "device", "checkpoint_sec"}  # may change between two starts of a run
-COST = {"lofi.chunk", "lofi.accumulate", "encoder.recompute", "features.chunk"}  # so may these: the same numbers, to rounding, in another time and memory
+
+# The stages, in this order however a config lists them, and what each leaves last in the folder.
+STAGES = {
+    "pretrain": "pretrain/encoder.pt",
+    "lofi": "lofi/encoder.pt",
+    "features": "features/features.json",
+    "sola": "sola/features/features.json",
+    "head": "head/head.pt",
+    "detect": "metrics.json",
+}
+
+# Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
+FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every"}
+COST_KEYS = {
+    "lofi.chunk_snippets",
+    "lofi.accumulate",
+    "encoder.recompute",
+    "features.chunk_snippets",
+}
+
+# One class for what a user can mend, repeated in the files that can be copied alone.
+INPUT_ERRORS = (
+    InputError,
+    tsm.InputError,
+    video_encoders.InputError,
+    evaluate.InputError,
+)
+
+
+OUT_OF_MEMORY = """in stage lofi set lofi.chunk_snippets or lofi.accumulate (the same gradient) or
+encoder.recompute, in stage features a smaller features.chunk_snippets, else a smaller batch_size"""
+
+
+@contextlib.contextmanager
+def one_line_errors(program):
+    """End a program with one line for what its user can mend; a slip of ours stays a traceback."""
+    try:
+        yield
+    except INPUT_ERRORS as error:
+        sys.exit(f"{program}: {error}")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        sys.exit(f"{program}: out of memory: {first_line}\n{OUT_OF_MEMORY}")
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; rerun the same command to resume")
+    finally:
+        data.stop_workers()
 
 
 class Config(dict):
-    """A dict whose keys are attributes too: cfg.lofi.lr."""
-    __getattr__ = dict.__getitem__
+    """A dictionary whose keys are attributes too."""
+
+    def __getattr__(self, key):
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(f"config has no key {key}") from None
 
 
-def merge(base, changes, where="", kinds=None):
-    """A new Config: `base` with `changes` in it. ValueError for a key that base lacks, with the nearest one that it has, and for a value of another
-    kind than the one in `kinds` (default: base); what is null there may become anything but a block."""
-    kinds = base if kinds is None else kinds
-    out = Config({k: merge(v, {}) if isinstance(v, dict) else v for k, v in base.items()})
-    for key, value in changes.items():
-        if key not in base:
-            near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
-            raise ValueError(f"config key {where}{key} is read by nothing; did you mean {where}{near}? configs/default.yaml has them all")
-        known = kinds[key]
-        for kind, words in ((dict, "a block of keys"), (list, "a list, as in [S, T, ST]")):
-            if isinstance(known, kind) != isinstance(value, kind) and not (known is None and kind is list):
-                raise ValueError(f"config key {where}{key} is {value!r}, expected {words if isinstance(known, kind) else 'one value'}")
-        if isinstance(known, (int, float)) and (isinstance(known, bool) != isinstance(value, bool) or not isinstance(value, (int, float))):
-            kind = "true or false" if isinstance(known, bool) else "a number (YAML reads 1e-4 as a word: write 1.0e-4)"
-            raise ValueError(f"config key {where}{key} is {value!r}, expected {kind}")
-        out[key] = merge(base[key], value, f"{where}{key}.", known) if isinstance(value, dict) else value
-    return out
+# ----------------------------------------------------------------------------------------- reading
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; here they are an error."""
+class _Loader(yaml.SafeLoader):
+    """Refuse duplicate keys, of which YAML keeps the last, and read 1e-4 as a number."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=deep) for k, _ in node.value]
-        twice = [k for k in keys if keys.count(k) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands there twice", node.start_mark)
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        repeated = [str(key) for key in keys if keys.count(key) > 1]
+        if repeated:
+            raise yaml.YAMLError(f"duplicate key {repeated[0]}{node.start_mark}")
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no config file {path}: name one of configs/")
-    with open(path) as f:
-        try:
-            content = yaml.load(f, UniqueKeyLoader) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from None
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, "-+0123456789")
+
+
+def _parse_yaml(text, source):
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{source} is not valid YAML: {error}") from None
+
+
+def _read_yaml(path):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = _parse_yaml(file.read(), path) or {}
+    except OSError as error:
+        raise InputError(
+            f"no config file {path} ({error.strerror}): name one of configs/"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r}, expected keys and values")
+        raise InputError(f"{path} is a {type(content).__name__}, expected keys and values")
     return content
 
 
-def load(path, words=()):
-    """The config of a file under configs/default.yaml, changed by words "key.sub=value" (the value as YAML)."""
-    default = read_yaml(f"{HERE}/configs/default.yaml")
-    cfg = merge(default, read_yaml(path))
-    for word in words:
-        key, equals, value = word.partition("=")
+_KINDS = {
+    dict: "a block of keys",
+    bool: "true or false",
+    (int, float): "a number",
+    list: "a list, as in [S, T, ST]",
+    str: "text, in quotes",
+}
+
+
+def _kind(value):
+    return next((words for types, words in _KINDS.items() if isinstance(value, types)), None)
+
+
+def _checked(value, default, key):
+    """Return a value of the kind of its default; null may become anything but a block."""
+    kind, expected = _kind(value), _kind(default) or "one value"
+    fits = kind == expected or (value is None and isinstance(default, str))
+    if not fits and (default is not None or isinstance(value, dict)):
+        raise InputError(f"config key {key} is {str(value)[:80]!r}, expected {expected}")
+    return value
+
+
+def merge(base, changes, where="", kinds=None):
+    """Return a new Config: `base` with `changes` in it.
+
+    Raises InputError for a key that base lacks, with the nearest one that it has, and for a value
+    of another kind than the one in `kinds` (default: base).
+    """
+    kinds = base if kinds is None else kinds
+    merged = Config()
+    for key, value in base.items():
+        merged[key] = merge(value, {}) if isinstance(value, dict) else value
+    for key, value in changes.items():
+        if key not in base:
+            near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
+            raise InputError(f"unknown config key {where}{key}; did you mean {where}{near}?")
+        merged[key] = _checked(value, kinds[key], f"{where}{key}")
+        if isinstance(value, dict):
+            merged[key] = merge(base[key], value, f"{where}{key}.", kinds[key])
+    return merged
+
+
+def load_config(path, overrides=()):
+    """Return the config of a file over configs/default.yaml, changed by "key.sub=value" words."""
+    default = _read_yaml(f"{HERE}/configs/default.yaml")
+    defaults = flatten(default)
+    cfg = merge(default, _read_yaml(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"--set {word}: expected key.sub=value")
-        try:
-            change = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {word}: the value is no YAML: {error}") from None
+            raise InputError(f"--set {override}: expected key.sub=value")
+        change = _parse_yaml(text, f"--set {override}")
+        # A folder called 5 or 2024-01-15 is text, in which YAML reads a number or a date.
+        if isinstance(defaults.get(key), str) and change is not None:
+            change = text
         for part in reversed(key.split(".")):
             change = {part: change}
         cfg = merge(cfg, change, kinds=default)
     return cfg
 
 
-def reference(path=f"{HERE}/configs/default.yaml"):
-    """Markdown of every key, its default and its meaning: the comment beside it, which may go on in the lines below. `python config.py` prints it."""
-    with open(path) as f:
-        lines = f.read().splitlines()
-    rows = []
-
-    def add(node, where):
-        for key, value in node.value:
-            first = key.start_mark.line
-            block = isinstance(value, yaml.MappingNode) and not value.flow_style
-            last = first if block else max(first, value.end_mark.line - (value.end_mark.column == 0))
-            words = [lines[last].partition(" # ")[2].strip()]
-            for line in lines[last + 1:] if words[0] else ():
-                if not line.lstrip().startswith("#") or line.index("#") < 10:  # a comment of its own
-                    break
-                words.append(line.strip(" #"))
-            default = "" if block else f"`{lines[first].partition(':')[2].partition(' # ')[0].strip()}`"
-            rows.append(f"| `{where}{key.value}` | {default} | {' '.join(words).strip()} |")
-            if block:
-                add(value, f"{where}{key.value}.")
-    add(yaml.compose("\n".join(lines), yaml.SafeLoader), "")
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
+def from_command_line(description, argv=None):
+    """Return the config that --cfg and --set name."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument("--cfg", required=True, help="a YAML of configs/")
+    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value")
+    args = parser.parse_args(argv)
+    return load_config(args.cfg, args.set)
 
 
-def flat(cfg, where=""):
-    """{"lofi.lr": 0.1, ...}"""
-    return {name: leaf for key, value in cfg.items() for name, leaf in
-            (flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}).items()}
+def saved_config(folder):
+    """Return the Config of a run's folder."""
+    path = RunFolder(folder).config
+    if not os.path.isfile(path):
+        raise InputError(f"no {path}: name the folder of a run, such as runs/toy-0/lofi")
+    return merge(load_json(path), {})
 
 
-def differences(old, new, free=FREE | COST):
-    """Lines that say which keys differ; those in `free` are left out, the name of the folder, which may have moved, and stages of which one list only goes on further."""
-    old, new = flat(old), flat(new)
-    if "recalibrate" in (old["lofi.batchnorm"], new["lofi.batchnorm"]):  # it takes statistics of as many snippets at once
-        free = free - {"features.chunk"}
-    keys = sorted((old.keys() | new.keys()) - free - {"out"})
-    if all(a == b for a, b in zip(*(sorted(x["stages"], key=(*STAGES, *x["stages"]).index) for x in (old, new)))):
-        keys.remove("stages")
-    return [f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
+def flatten(cfg, where=""):
+    """Return {"lofi.lr": 0.1, ...}."""
+    flat = {}
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{where}{key}.")
+        else:
+            flat[f"{where}{key}"] = value
+    return flat
 
 
-def check_words(words):
-    """words: {key: (values, known ones)}. ValueError for the first that is not known."""
-    for key, (values, known) in words.items():
-        for value in values:
-            if value not in list(known):
-                raise ValueError(f"config key {key} has {value!r}, expected {', '.join(known)}")
+def differences(old, new, ignore=FREE_KEYS | COST_KEYS):
+    """Return lines that say which keys of two configs differ.
 
-
-COUNTS = {1: ("epochs", "batch_size", "accumulate", "hidden", "subsequence", "draws", "probe_videos", "every", "period", "frames", "snippets", "frames_per_snippet", "stride",
-              "size", "depth", "width", "gcn_width", "gcn_groups", "stem_groups", "neighbours", "inner_bins", "kernel", "durations", "samples", "groups", "top_k",
-              "classes_per_video"), 0: ("workers", "seed", "shift_div", "context_bins")}  # whole numbers of at least so much, wherever they stand
-
-
-def check_batches(blocks, world):
-    """blocks: {stage or phase: its options} of what is still to be trained. ValueError if a batch cannot be divided evenly over so many processes."""
-    for name, block in blocks.items():
-        micro = block.get("accumulate", 1)
-        if block["batch_size"] % (world * micro):
-            raise ValueError(f"{name}.batch_size {block['batch_size']} cannot be divided evenly over {world} processes and {micro} micro-batches")
-
-
-def check_numbers(cfg):
-    """ValueError for the first number that no run can go on with."""
-    least = {name: low for low, names in COUNTS.items() for name in names}
-    for key, value in flat(cfg).items():
-        leaf, low, number = key.rsplit(".", 1)[-1], None, isinstance(value, (int, float))
-        low = 1 if key == "features.chunk" else 0 if key == "lofi.chunk" else least.get(leaf)
-        if number and low is not None and (value != int(value) or value < low):
-            raise ValueError(f"config key {key} is {value!r}, expected a whole number of at least {low}")
-        if number and (leaf in ("lr", "factor", "sigma", "crop", "rate") and value <= 0 or leaf in ("clip", "weight_decay", "momentum", "class_weight", "coefficient") and value < 0):
-            raise ValueError(f"config key {key} is {value!r}, expected a positive number")
-    if not cfg["detect"]["tiou"] or not all(isinstance(t, (int, float)) and 0 < t <= 1 for t in cfg["detect"]["tiou"]):
-        raise ValueError(f"config key detect.tiou is {cfg['detect']['tiou']}, expected a list of thresholds in (0, 1]")
-    if not cfg["stages"] or not cfg["out"]:
-        raise ValueError(f"config keys stages and out are {cfg['stages']} and {cfg['out']!r}, expected a list of stages and a folder")
-    for block in ("gtad", "sola"):
-        if cfg[block]["kernel"] % 2 == 0:
-            raise ValueError(f"config key {block}.kernel is {cfg[block]['kernel']}, expected an odd number")
-
-
-def about(cfg):
-    """Where something was made: config and code, as plain data."""
-    try:
-        git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        git = None
-    return {"config": json.loads(json.dumps(cfg)), "git": git or None}
-
-
-def saved(folder):
-    """The config of a run folder, as plain data; a key that is newer than the run has the value that the run had without it."""
-    with open(f"{folder}/config.json") as f:
-        return {"precision": "auto"} | json.load(f)
-
-
-def open_run(cfg, write_json, main=True, **facts):
-    """Checks that the folder cfg.out was begun with this very config, or begins it: config.json, and versions.json with `facts`.
-
-    write_json(obj, path): an atomic writer; only the main process writes. ValueError shows the difference between the two configs.
+    Left out are the keys in `ignore`, the run's folder, which may move, and lists of stages of
+    which one only goes on further.
     """
-    path = f"{cfg.out}/config.json"
-    if os.path.exists(path) and any(not f.startswith(("config.json", "versions.json")) for f in os.listdir(cfg.out)):  # else nothing came of it yet
-        old = saved(cfg["out"])
-        differ = differences(old, cfg)
-        if differ:
-            raise ValueError(f"{cfg.out} was begun with another config:\n" + "\n".join(differ)
-                             + "\nname another folder with --set out=..., or remove that one yourself")
-        cfg = merge(cfg, {"stages": max(old["stages"], cfg["stages"], key=len)})  # what was once made stays in the record
-    if main:
-        for part in glob.glob(f"{glob.escape(cfg['out'])}/**/*.part-*", recursive=True):  # what a killed start was writing
-            if time.time() - os.path.getmtime(part) > 60:
-                os.remove(part)
-        write_json({"git": about(cfg)["git"], "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
-                    "numpy": np.__version__, **facts}, f"{cfg.out}/versions.json")
-        write_json(cfg, path)
+    old, new = flatten(old), flatten(new)
+    ignore = ignore | {"out"}
+    if "recalibrate" in (old["lofi.batchnorm"], new["lofi.batchnorm"]):
+        ignore = ignore - {"features.chunk_snippets"}  # statistics are of as many snippets at once
+    lists = [[stage for stage in STAGES if stage in cfg["stages"]] for cfg in (old, new)]
+    shorter, longer = sorted(lists, key=len)
+    if longer[: len(shorter)] == shorter:
+        ignore = ignore | {"stages"}
+    keys = [
+        key for key in sorted((old.keys() | new.keys()) - ignore) if old.get(key) != new.get(key)
+    ]
+    return [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys]
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    print(reference())
+# ---------------------------------------------------------------------------------------- checking
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "tal_head": ("gtad", "bmn"),
+    "batchnorm": ("frozen", "train", "recalibrate"),
+    "cycle": ("epoch", "batch"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": ("constant", "step", "cosine"),
+}
+MAY_BE_ZERO = ("momentum", "weight_decay", "class_weight", "shift_div", "workers", "context_bins")
+NULL_OR_COUNT = ("chunk_snippets", "cycle_length", "durations")
+
+
+def check(cfg):
+    """Return the stages that are still to run, after checking values and files.
+
+    Raises InputError, with the key to change, for what no run can work with.
+    """
+    listed = [stage for stage in STAGES if stage in cfg.stages]
+    pending = [stage for stage in listed if not os.path.exists(f"{cfg.out}/{STAGES[stage]}")]
+    values, defaults = flatten(cfg), flatten(_read_yaml(f"{HERE}/configs/default.yaml"))
+    rules = {}
+    for key, value in values.items():
+        choices = CHOICES.get(key.rpartition(".")[2])
+        if choices:
+            rules[key] = (value in choices, f"one of {', '.join(choices)}")
+        elif _kind(value) == "a number":
+            rules[key] = _number_rule(key.rpartition(".")[2], value, defaults[key])
+    for wrong in (rules, _rules(cfg), _batch_rules(cfg, pending)):
+        for key, (holds, expected) in wrong.items():
+            if not holds:
+                raise InputError(f"config key {key} is {values[key]!r}, expected {expected}")
+    run_fidelities(cfg)
+    _check_files(cfg, pending)
+    return pending
+
+
+def _number_rule(name, value, default):
+    """A whole number stays one; what is above 0 by default stays so, with few exceptions."""
+    whole = isinstance(default, int) or name in NULL_OR_COUNT
+    positive = default is None or (default > 0 and name not in MAY_BE_ZERO)
+    holds = math.isfinite(value) and (value > 0 if positive else value >= 0)
+    expected = f"a {'whole ' * whole}number {'above 0' if positive else 'of at least 0'}"
+    return holds and (value == int(value) or not whole), expected
+
+
+def _rules(cfg):
+    """Return {key: (holds, what is expected)}."""
+    data_block, lofi, sola = cfg.data, cfg.lofi, cfg.sola
+    no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
+    own_features = not data_block.features
+    in_parts = lofi.chunk_snippets or lofi.accumulate > 1 or cfg.encoder.recompute
+    fidelities = ("full", *cfg.fidelities)
+    positions = [isinstance(p, int) and 0 <= p < sola.subsequence for p in sola.positions]
+    thresholds = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
+    stages = set(cfg.stages) if own_features else set(cfg.stages) - {"lofi", "features"}
+    return {
+        "stages": (
+            cfg.stages and set(cfg.stages) == stages & set(STAGES),
+            f"some of {', '.join(STAGES)}; not lofi or features if data.features is set",
+        ),
+        "out": (cfg.out, "a folder"),
+        "data.annotations": (data_block.annotations, "a file"),
+        "data.windows": (
+            not own_features or data_block.windows == bool(cfg.video.rate),
+            "true with video.rate, false without, for features of the run's own",
+        ),
+        "device": (not no_gpu, "auto or cpu, as torch finds no GPU here"),
+        "gtad.kernel": (cfg.gtad.kernel % 2, "an odd number"),
+        "lofi.fidelities": (
+            lofi.fidelities and set(lofi.fidelities) <= set(fidelities),
+            f"a list of {', '.join(fidelities)}",
+        ),
+        "lofi.batchnorm": (
+            lofi.batchnorm == "frozen" or not in_parts,
+            "frozen with lofi.chunk_snippets, lofi.accumulate or encoder.recompute",
+        ),
+        "sola.kernel": (sola.kernel % 2, "an odd number"),
+        "sola.positions": (
+            len(positions) > 1 and all(positions),
+            f"at least two snippets, 0 to {sola.subsequence - 1}",
+        ),
+        "detect.tiou_thresholds": (thresholds and all(thresholds), "numbers in (0, 1]"),
+    }
+
+
+def _batch_rules(cfg, pending):
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    rules = {}
+    for stage in {"lofi", "sola", "head"} & set(pending):
+        parts = world_size * cfg[stage].get("accumulate", 1)
+        expected = f"a multiple of {parts}: {world_size} processes and their micro-batches"
+        rules[f"{stage}.batch_size"] = (cfg[stage].batch_size % parts == 0, expected)
+    return rules
+
+
+def _check_files(cfg, pending):
+    """Raise InputError if what the pending stages read is missing or cannot be used."""
+    subsets, todo = read_annotations(cfg.data.annotations), set(pending)
+    train = cfg.data.train_subset if {"lofi", "head"} & todo else None
+    val = cfg.data.val_subset if "detect" in todo else None
+    from_truth = cfg.detect.class_scores == "ground_truth"
+    data.check_segments(subsets, train=train, val=val, needs_classes=from_truth)
+    target_clips = "pretrain" in todo and "acp_plus" in cfg.pretrain.method
+    if target_clips or {"lofi", "features"} & todo:
+        for split in ("train", "val"):
+            load_videos(cfg, split, cfg.data.frames, "frames", log=lambda message: None)
+    readers = {"pretrain.init": "pretrain", "detect.class_scores": "detect"}
+    # A finished encoder is read by the first stage that has to do with one.
+    for stage in ("features", "lofi", "pretrain"):
+        if stage in cfg.stages:
+            readers["pretrain.pretrained"] = stage
+    for key, stage in readers.items():
+        path = flatten(cfg)[key]
+        word = path in (None, "random", "torchvision", "own", "ground_truth")
+        if stage in todo and not word and not os.path.isfile(path):
+            raise InputError(f"no file {path} (config key {key})")
+
+
+# ------------------------------------------------------------------------------- inputs of the run
+
+read_annotations = functools.lru_cache(1)(data.load_annotations)  # one reading serves all stages
+
+
+def run_fidelities(cfg):
+    """Return {name: data.Fidelity} of "full" and of those that stage lofi trains at."""
+    used = cfg.lofi.fidelities if "lofi" in cfg.stages else ()
+    sizes = {name: size for name, size in cfg.fidelities.items() if name in used}
+    return data.fidelities(data.Fidelity("full", cfg.video.snippets, cfg.video.size), sizes)
+
+
+def load_videos(cfg, split, source, kind, log=print):
+    """Return the videos of split "train" or "val" that have `kind` ("frames" or "features")."""
+    video = cfg.video
+    settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
+    if not video.rate:
+        settings["snippets"] = video.snippets
+    subsets, subset = read_annotations(cfg.data.annotations), cfg.data[f"{split}_subset"]
+    known = {"durations": cfg.data.durations, "frames": cfg.data.frames, "settings": settings}
+    return data.select_videos(subsets, subset, source, kind, log, **known)
+
+
+def video_dataset(cfg, split, log=print, train=False):
+    """Return the videos of a split, with their frames."""
+    videos = load_videos(cfg, split, cfg.data.frames, "frames", log)
+    classes = data.class_names(videos)
+    return data.VideoDataset(videos, classes=classes, train=train, seed=cfg.seed, **cfg.video)
+
+
+def feature_source(cfg, run, raw=False):
+    """Return where the head's features lie: after SoLa if it is listed, unless `raw`."""
+    after_sola = "sola" in cfg.stages and not raw
+    return run.sola_features if after_sola else cfg.data.features or run.features
+
+
+def feature_dataset(cfg, run, split, log=print, classes=None, raw=False):
+    """Return the features that the head sees, or their windows; raw: what SoLa sees."""
+    source = feature_source(cfg, run, raw)
+    videos = load_videos(cfg, split, source, "features", log)
+    dataset = data.FeatureDataset(videos, source, classes or data.class_names(videos))
+    if raw or not cfg.data.windows:
+        return dataset
+    return data.WindowDataset(dataset, cfg.video.snippets, train=split == "train")
+
+
+def subsequences(cfg, features, ddp):
+    """Return SoLa's training data, and its options with a batch size that repeats none of them."""
+    options = dict(cfg.sola)
+    per_video, length = options["subsequences_per_video"], options["subsequence"]
+    dataset = data.SubsequenceDataset(features, length, per_video=per_video, seed=cfg.seed)
+    short = dataset.left_out
+    if short:
+        names = data.first_names(short)
+        ddp.log(f"sola: {len(short)} videos are shorter than {length} snippets, left out: {names}")
+    largest = math.ceil(len(dataset) / ddp.world_size) * ddp.world_size
+    options["batch_size"] = min(options["batch_size"], largest)
+    return dataset, options
+
+
+def clip_sources(cfg, task, log=print):
+    """Return what pretrain.load_clips wants beside a task's options."""
+    subsets = (cfg.data.train_subset, cfg.data.val_subset)
+    sources = {"num_snippets": cfg.video.snippets, "subsets": subsets, "log": log}
+    if task.startswith("acp_plus"):
+        frames = cfg.data.frames
+        sources["videos"] = [load_videos(cfg, s, frames, "frames", log) for s in ("train", "val")]
+    return sources
+
+
+def class_scores(cfg, videos):
+    """Return (scores (V, n), n names) from elsewhere, or None, and who made the classes."""
+    source = cfg.detect.class_scores
+    if source == "own":
+        return None, "video classifier of the run"
+    names = [video.name for video in videos]
+    if source != "ground_truth":
+        return evaluate.load_class_scores(source, names), f"external file {source}"
+    options = {"subset": cfg.data.val_subset, "ground_truth": True}
+    scores = evaluate.load_class_scores(cfg.data.annotations, names, **options)
+    return scores, "ground truth (analysis)"
+
+
+def encoder_path(cfg, run, stage="features"):
+    """Return the encoder that a stage starts from: what an earlier stage of the run made, else the
+    file pretrain.pretrained. run: the RunFolder, which may have moved since."""
+    made_by = [s for s in ("pretrain", "lofi") if s in cfg.stages and s != stage]
+    path = run.encoder(made_by[-1]) if made_by else cfg.pretrain.pretrained
+    if path in (None, "torchvision"):
+        raise InputError(f"stage {stage} needs an encoder: stage pretrain, or pretrain.pretrained")
+    return path
+
+
+# -------------------------------------------------------------------------------------- run folder
+
+
+@functools.cache
+def git_commit():
+    """Return what git calls this code, or None."""
+    command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def snapshot(cfg):
+    """Return where something was made: config and code, as plain data."""
+    return {"config": json.loads(json.dumps(cfg)), "git": git_commit()}
+
+
+def open_run(cfg, ddp):
+    """Open the folder cfg.out, or begin it: config.json, and versions.json with the machine.
+
+    Raises InputError with the differences if the folder was created with another config.
+    """
+    run = RunFolder(cfg.out)
+    ours = (os.path.basename(run.config), os.path.basename(run.versions))
+    if os.path.exists(run.config) and any(not f.startswith(ours) for f in os.listdir(cfg.out)):
+        old = saved_config(cfg.out)
+        lines = "\n".join(differences(old, cfg))
+        if lines:
+            raise InputError(
+                f"{cfg.out} was created with a different config:\n{lines}\n"
+                "name another folder with --set out=..., or remove that one yourself"
+            )
+        # What was once made stays in the record.
+        cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
+    if ddp.is_main:
+        remove_stale_parts(cfg.out)
+        libraries = {"torch": torch, "torchvision": torchvision, "numpy": np}
+        versions = {"git": git_commit(), "python": sys.version.split()[0]}
+        versions |= {name: library.__version__ for name, library in libraries.items()}
+        versions |= {"device": str(ddp.device), "machine": machine_name(ddp.device)}
+        versions |= {"threads": torch.get_num_threads(), "processes": ddp.world_size}
+        save_json(versions, run.versions)
+        save_json(cfg, run.config)
+    return run
+
+
+def save_feature_info(cfg, run, weights, datasets, seconds):
+    """Write features.json beside the features of stage features: what they are of."""
+    video = cfg.video
+    info = {
+        "encoder": weights,
+        "encoder_sha256": data.file_hash(weights),
+        **cfg.encoder,
+        **video,
+        "snippet_stride_sec": 1 / video.rate if video.rate else "duration_sec / snippets",
+        "snippet_window_frames": video.frames_per_snippet * video.stride,
+        "seconds": seconds + seconds_of(weights),
+        "videos": data.describe_videos([v for dataset in datasets for v in dataset.videos]),
+    }
+    save_json(info, f"{run.features}/features.json")
+
+
+def save_sola_info(cfg, run, datasets, seconds):
+    """Write features.json beside the features of stage sola: that of those before it, and more."""
+    source = feature_source(cfg, run, raw=True)
+    before = data.read_feature_info(source)
+    info = dict(before[0]) if before else {}
+    videos = [video for dataset in datasets for video in dataset.videos]
+    info["videos"] = {video.name: {"duration_sec": video.duration} for video in videos}
+    info |= {"sola": run.sola, "from": source, "channels": datasets[0].channels}
+    info |= {"seconds": seconds + seconds_of_features(source), "sola_seconds": seconds}
+    save_json(info, f"{run.sola_features}/features.json")
+
+
+def seconds_of_features(source):
+    """Return what features cost with all that they were made from, as far as they tell."""
+    return sum(info.get("seconds", 0.0) for info in data.read_feature_info(source))
+
+
+def score_run(cfg, run, videos, trained_on, seconds):
+    """Evaluate what stage detect wrote, write metrics.json, and return a line that sums it up."""
+    truth, subset = cfg.data.annotations, cfg.data.val_subset
+    names = [video.name for video in videos]
+    record = {"seed": cfg.seed, "videos": data.list_hash(names), "training": trained_on}
+    record["seconds"] = seconds + seconds_of_features(feature_source(cfg, run))
+    if not any(len(video.segments) for video in read_annotations(truth)[subset]):
+        save_json({"subset": subset, "evaluated_videos": 0, **record}, run.metrics)
+        return f"{run.result} is not scored: subset {subset} has no segments"
+    options = {"subset": subset, "thresholds": cfg.detect.tiou_thresholds}
+    metrics = evaluate.evaluate(truth, run.result, **options)
+    metrics["AR"] = evaluate.evaluate(truth, run.proposals, subset=subset, ar=True)["AR"]
+    save_json({**metrics, **record}, run.metrics)
+    mean_ap, evaluated = metrics["mAP"], metrics["evaluated_videos"]
+    shown = [t for t in ("0.5", "0.75", "0.95") if t in mean_ap] if "0.75" in mean_ap else mean_ap
+    values = ", ".join(f"@{t} {100 * mean_ap[t]:.2f}" for t in shown)
+    line = f"{run.path}: mAP {values}, average {100 * metrics['average_mAP']:.2f} %; evaluated "
+    line += f"{evaluated} of {metrics['ground_truth_videos']} videos"
+    if evaluated < metrics["ground_truth_videos"]:
+        line += f" (on these alone average {100 * metrics['common']['average_mAP']:.2f} %)"
+    return line

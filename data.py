@@ -1,907 +1,1007 @@
-"""Annotations, snippets, fidelities, frames and features: everything between the disk and the encoder or the head.
+"""Read annotations, frames and features: everything between the disk and the encoder or the head.
 
-    python data.py check --cfg configs/anet13.yaml                     what there is, what is missing, every problem to a file
-    python data.py prepare --videos DIR --annotations JSON --out DIR   video files -> one ZIP of JPEG frames a video
-
-On disk:
-    ANNOTATIONS.json    ActivityNet JSON: {"database": {VIDEO: {"subset", "duration", "annotations": [{"segment": [start, end], "label"}]}}},
-                        seconds; a duration that is missing, as in THUMOS14, is taken from the media
+    ANNOTATIONS.json    ActivityNet JSON: {"database": {VIDEO: {"subset", "duration",
+                        "annotations": [{"segment": [start, end], "label"}]}}}, in seconds; without
+                        a duration, as in THUMOS14, the config or the media tell it
     FRAMES/VIDEO.zip    prepared frames, or folders of JPEG frames, or video files: see media.py
     FEATURES/VIDEO.npy  (L, C), any L; or FEATURES/VIDEO.h5, or one HDF5 file for all videos
 
-VIDEO may be spelt with v_ in one place and without in another.
-In memory: frames (L, T, 3, H, W) uint8, features (C, L), segments (N, 2) as fractions of the video, in [0, 1].
+VIDEO may be spelt with v_ in one place and without it in another.
+In memory: frames (L, T, 3, H, W) uint8, features (C, L), segments (N, 2) as fractions of the video.
 Legend: B videos, C channels, L snippets, T frames a snippet, N segments, F frames.
 """
-import argparse
+
+import atexit
 import copy
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
-import threading
-import weakref
-from array import array
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from dataclasses import KW_ONLY, astuple, dataclass, replace
+from functools import lru_cache
 from hashlib import blake2b, sha256
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 import media
-from media import snippet_frames
+from media import InputError, snippet_frames
+from sola import sample_subsequences
 
 
 def seed_of(*key):
-    """A 63-bit seed that is a pure function of `key`: (seed, epoch, step, ...). All randomness of a run hangs on such seeds,
-    so that a resumed run draws what an undisturbed one draws, with no random state to store."""
+    """Return a 63-bit seed that is a pure function of `key`: (seed, epoch, step, ...).
+
+    All randomness of a run comes from such seeds: a resumed run needs no random state.
+    """
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ---------------------------------------------------------------- annotations
+# ------------------------------------------------------------------------------------- annotations
 
-class Video(NamedTuple):
+
+@dataclass(eq=False)
+class Video:
+    """A video with its segments (N, 2) in seconds, exactly as annotated, and their N labels."""
+
     name: str
-    duration: float  # seconds
-    segments: torch.Tensor  # (N, 2), fractions of the video, clipped to [0, 1]
-    labels: tuple  # N class names
-    path: str | None = None  # of its media, where select found any
+    duration: float  # seconds, NaN where unknown
+    segments: np.ndarray
+    labels: tuple[str, ...]
+    path: str | None = None  # of its frames or features
+
+    @property
+    def actions(self) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """Return the usable segments (n, 2), as fractions clipped to [0, 1], and their n labels."""
+        if math.isnan(self.duration):
+            raise InputError(f"video {self.name} has no known duration: set data.durations")
+        with np.errstate(invalid="ignore"):
+            clipped = (self.segments / self.duration).clip(0, 1).astype(np.float32)
+            usable = (clipped[:, 1] > clipped[:, 0]) & np.isfinite(self.segments).all(1)
+        return torch.from_numpy(clipped[usable]), tuple(compress(self.labels, usable))
 
 
-class Strings:
-    """Strings in two arrays. A list would hold an object each, and counting references to it would copy its page into every loader worker."""
-
-    def __init__(self, strings):
-        encoded = [s.encode(errors="surrogatepass") for s in strings]
-        self.ends = np.cumsum([0, *map(len, encoded)])
-        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        i = range(len(self))[i]
-        return self.bytes[self.ends[i]:self.ends[i + 1]].tobytes().decode(errors="surrogatepass")
+def _refuse_duplicates(pairs):
+    """Return the dictionary of a JSON object; json.load would keep the last of equal keys."""
+    items = dict(pairs)
+    if len(items) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+    return items
 
 
-class Videos(Sequence):
-    """Many videos in a few arrays: videos[i] is a Video, made when asked for; its segments are clipped, empty ones left out.
-
-    names: V Strings; duration: (V,) seconds, NaN where unknown; rows: (V + 1,), video i has the segments rows[i]:rows[i + 1]; segments: (N, 2)
-    seconds, as they stand in the file; labels: (N,) into classes; paths: V Strings or None.
-    """
-
-    def __init__(self, names, duration, rows, segments, labels, classes, paths=None):
-        self.names, self.duration, self.rows, self.segments = names, np.asarray(duration, np.float64), np.asarray(rows, np.int64), segments
-        self.labels, self.classes, self.paths = np.asarray(labels, np.int32), classes, paths
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return self.take(range(len(self))[i])
-        i = range(len(self))[i]
-        if math.isnan(self.duration[i]):
-            raise ValueError(f"video {self.names[i]} has no duration in the annotations, and none was found elsewhere: set data.durations")
-        rows = slice(self.rows[i], self.rows[i + 1])
-        segments, keep = fractions(self.segments[rows], self.duration[i])
-        labels = tuple(self.classes[k] for k in self.labels[rows][keep])
-        return Video(self.names[i], float(self.duration[i]), torch.from_numpy(segments[keep]), labels, self.paths[i] if self.paths else None)
-
-    def take(self, index, duration=None, paths=None):
-        """Those at `index`, a sequence of numbers; with other durations and paths, if they are given."""
-        index = np.asarray(index, np.int64)
-        count = (self.rows[1:] - self.rows[:-1])[index]
-        ends = np.cumsum(count)
-        rows = np.arange(count.sum()) + np.repeat(self.rows[index] - (ends - count), count)
-        if paths is None and self.paths:
-            paths = [self.paths[i] for i in index]
-        return Videos(Strings(self.names[i] for i in index), self.duration[index] if duration is None else duration, np.concatenate([[0], ends]),
-                      self.segments[rows], self.labels[rows], self.classes, paths and Strings(paths))
-
-    def owners(self):
-        """Which video each segment belongs to: (N,)."""
-        return np.repeat(np.arange(len(self)), np.diff(self.rows))
+def _read_json(path, expected, parse):
+    """Return parse(content) of a JSON file. Raises InputError if that fails."""
+    try:
+        with open(path, "rb") as file:
+            return parse(json.load(file, object_pairs_hook=_refuse_duplicates))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
 
 
-def fractions(segments, duration):
-    """Segments in seconds -> fractions of the video, clipped to [0, 1], (N, 2) float32, and which of them are not empty, (N,)."""
-    with np.errstate(invalid="ignore"):
-        clipped = (segments / np.asarray(duration)[..., None]).clip(0, 1).astype(np.float32)
-        return clipped, (clipped[:, 1] > clipped[:, 0]) & np.isfinite(segments).all(1)
-
-
-def without_repeats(pairs):
-    """The dictionary of a JSON object. json.load alone would let the last of several equal keys win, so that videos vanish."""
-    known = dict(pairs)
-    if len(known) < len(pairs):
-        keys = [k for k, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} stands there more than once")
-    return known
-
-
-def load_annotations(path):
-    """Reads an ActivityNet JSON: {subset: Videos}, in the file's order, each with its segments in seconds as they stand there.
-
-    Raises FileNotFoundError or ValueError with what is wrong and where.
-    """
+def load_annotations(path: str) -> dict[str, list[Video]]:
+    """Read an ActivityNet JSON: {subset: [Video, ...]}, in the file's order."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no annotation file {path}: set data.annotations, or make the toy data with `python toy.py --out data/toy`")
-    with open(path, "rb") as f:
+        toy = "make toy data with `python -m tools.make_toy --out data/toy`"
+        raise InputError(f"no annotation file {path}: set data.annotations, or {toy}")
+    entry = '{"subset", "duration": seconds, "annotations": [{"segment": [start, end], "label"}]}'
+    return _read_json(path, f'{{"database": {{VIDEO: {entry}}}}}', _parse_database)
+
+
+def _parse_database(content):
+    subsets = {}
+    for name, entry in content["database"].items():
         try:
-            database = json.load(f, object_pairs_hook=without_repeats)["database"]
-            database.items()
+            subsets.setdefault(entry["subset"], []).append(_parse_video(name, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no ActivityNet annotation file: expected JSON {{'database': {{VIDEO: {{'subset', 'duration', "
-                             f"'annotations'}}}}}}, reading it failed with {type(error).__name__}: {error}") from None
-    classes, subsets = {}, {}
-    for name, entry in database.items():
-        try:
-            duration = math.nan if entry.get("duration") is None else float(entry["duration"])
-            if not (math.isnan(duration) or 0 < duration < math.inf):
-                raise ValueError(f"duration {duration}")
-            segments = [(float(start), float(end)) for start, end in (a["segment"] for a in entry["annotations"])]
-            if any(a["label"] is None for a in entry["annotations"]):
-                raise ValueError("label null")
-            labels = [classes.setdefault(str(a["label"]), len(classes)) for a in entry["annotations"]]
-            names, durations, rows, flat, flat_labels = subsets.setdefault(entry["subset"], ([], [], [0], array("d"), array("i")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: video {name!r} needs a subset, annotations with segment [start, end] and label, and a duration > 0 if it has one; "
-                             f"found {json.dumps(entry)[:200]} ({type(error).__name__}: {error})") from None
-        names.append(name)
-        durations.append(duration)
-        for segment in segments:
-            flat.extend(segment)
-        flat_labels.extend(labels)
-        rows.append(len(flat_labels))
-    del database
-    return {subset: Videos(Strings(names), durations, rows, np.frombuffer(flat, np.float64).reshape(-1, 2), np.frombuffer(flat_labels, np.int32), tuple(classes))
-            for subset, (names, durations, rows, flat, flat_labels) in subsets.items()}
+            raise ValueError(f"video {name!r}, {type(error).__name__}: {error}") from None
+    return subsets
 
 
-CONSEQUENCES = {"segment is not a number": "left out of training; evaluation refuses them", "segment ends before it starts": "left out",
-                "segment outside the video": "clipped to it, and left out if nothing remains", "segment twice": "kept, as the official evaluation does", "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it"}
+def _parse_video(name, entry):
+    duration = math.nan if entry.get("duration") is None else float(entry["duration"])
+    if duration <= 0 or math.isinf(duration):
+        raise ValueError(f"duration {duration}")
+    segments = [(float(start), float(end)) for start, end in _values(entry, "segment")]
+    labels = _values(entry, "label")
+    if None in labels:
+        raise ValueError("label null")
+    segments = np.array(segments, np.float64).reshape(-1, 2)
+    return Video(name, duration, segments, tuple(map(str, labels)))
 
 
-def segment_problems(videos):
-    """{problem: the segments that have it, row numbers}, for the keys of CONSEQUENCES. Up to 10 ms behind the end is no problem."""
-    (start, end), owner = videos.segments.T, videos.owners()
-    finite = np.isfinite(videos.segments).all(1)
-    order = np.lexsort((videos.labels, end, start, owner))
-    rows = np.stack([owner, start, end, videos.labels], 1)[order]
-    ambiguous = [i for i, c in enumerate(videos.classes) if c.lower() == "ambiguous"]
-    return {"segment is not a number": np.flatnonzero(~finite), "segment ends before it starts": np.flatnonzero(finite & (end <= start)),
-            "segment outside the video": np.flatnonzero(finite & (end > start) & ((start < 0) | (end > videos.duration[owner] + 0.01))),
-            "segment twice": np.sort(order[1:][(rows[1:] == rows[:-1]).all(1)]), "label Ambiguous": np.flatnonzero(np.isin(videos.labels, ambiguous))}
+def _values(entry, key):
+    return [annotation[key] for annotation in entry["annotations"]]
 
 
-def names_of(videos):
-    return list(videos.names) if isinstance(videos, Videos) else [v.name for v in videos]
+def class_names(videos: list[Video]) -> list[str]:
+    """Return the labels of the usable segments, sorted."""
+    labels = set()
+    for video in videos:
+        # Without a known duration any end is taken to lie in the video.
+        duration = 1e9 if math.isnan(video.duration) else video.duration
+        labels.update(replace(video, duration=duration).actions[1])
+    return sorted(labels)
+
+
+def class_target(labels, classes):
+    """Return the target of a video classifier: equal shares (n,); zeros if no label is known."""
+    target = torch.tensor([float(c in labels) for c in classes])
+    return target / target.sum().clamp(min=1)
 
 
 def list_hash(names):
-    """Tells one list of videos from another, so that two numbers are known to be of the same videos."""
+    """Return a hash that tells one list of videos from another."""
     return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
 
 
 def fingerprint(items):
-    """{"count", "hash"} of videos, with their durations, segments and labels, or of clips: tells training data from others; not where they lie."""
+    """Return {"count", "hash"} of videos with their segments, or of clips; not where they lie."""
     digest = blake2b(digest_size=8)
-    if isinstance(items, Videos):
-        words = [*items.names, *(items.classes[k] for k in items.labels)]
-        for numbers in (items.duration, items.rows, items.segments):
-            digest.update(np.ascontiguousarray(numbers).tobytes())
+    if items and isinstance(items[0], Video):
+        digest.update(np.array([v.duration for v in items]).tobytes())
+        digest.update(np.cumsum([0, *(len(v.labels) for v in items)]).tobytes())
+        digest.update(np.concatenate([v.segments for v in items]).tobytes())
+        words = [v.name for v in items] + [label for v in items for label in v.labels]
     else:
-        words = [repr((*item._replace(path=os.path.splitext(os.path.basename(item.path or ""))[0]),)) for item in items]
+        words = []
+        for clip in items:
+            stem = os.path.splitext(os.path.basename(clip.path))[0]
+            words.append(repr(astuple(replace(clip, path=stem))))
     digest.update("\n".join(words).encode(errors="surrogatepass"))
     return {"count": len(items), "hash": digest.hexdigest()}
 
 
 def file_hash(path):
-    with open(path, "rb") as f:
-        return sha256(f.read()).hexdigest()
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return sha256(file.read()).hexdigest()
 
 
-def facts_of_features(source):
-    """What the features.json say that lie in a folder of features, beside an HDF5 file, or with each of a list of these: dictionaries, of those that exist."""
-    paths = [f"{s if os.path.isdir(s) else os.path.dirname(s) or '.'}/features.json" for s in (source if isinstance(source, (list, tuple)) else [source])]
-    return [json.load(open(path)) for path in dict.fromkeys(paths) if os.path.exists(path)]  # two files in one folder share one
+def segment_problems(videos):
+    """Return {problem: [(video, row of the segment), ...]}; 10 ms beyond the end are no problem."""
+    found = {}
+    for video in videos:
+        seen = set()
+        for row, (start, end) in enumerate(video.segments.tolist()):
+            label = video.labels[row]
+            finite = math.isfinite(start + end)
+            outside = start < 0 or end > video.duration + 0.01
+            problems = {
+                "segment is not a number": not finite,
+                "segment ends before it starts": finite and end <= start,
+                "segment outside the video": finite and start < end and outside,
+                "duplicate segment": (start, end, label) in seen,
+                "label Ambiguous": label.lower() == "ambiguous",
+            }
+            seen.add((start, end, label))
+            for problem in compress(problems, problems.values()):
+                found.setdefault(problem, []).append((video, row))
+    return found
 
 
-def describe(videos):
-    """{name: {"duration_sec", "fps"}}, to stand beside their features; the frame rate of what is not prepared, which takes reading all of it, is null."""
-    return {v.name: {"duration_sec": v.duration, "fps": media.FrameZip(v.path).fps if (v.path or "").endswith(".zip") else None} for v in videos}
+def check_segments(subsets, train=None, val=None, needs_classes=False):
+    """Raise InputError if no run can use the segments of subset `train` or `val`.
 
-
-def class_names(videos):
-    """The labels of some videos, sorted."""
-    if isinstance(videos, Videos):
-        _, keep = fractions(videos.segments, np.nan_to_num(videos.duration, nan=1e9)[videos.owners()])
-        return sorted(videos.classes[k] for k in np.unique(videos.labels[keep]))
-    return sorted({label for v in videos for label in v.labels})
-
-
-def class_target(video, classes):
-    """What a video classifier is trained towards, (n,): equal shares for the video's classes; zeros if it has none of them."""
-    target = torch.tensor([float(c in video.labels) for c in classes])
-    return target / target.sum().clamp(min=1)
-
-
-def find(source, kind, names):
-    """Where the frames (kind "frames") or features ("features") of some videos lie: {name: path}, for those that have any."""
-    return media.find_media(source, names) if kind == "frames" else find_features(source, names)
-
-
-def check_segments(subsets, train=None, val=None, classes=False):
-    """ValueError if subset `train` has no segment that can be trained on, or `val` one that evaluation refuses, a NaN, or none though its `classes` are wanted."""
+    train: needs one to train on. val: NaN stops the evaluation; needs_classes: it must have some.
+    """
     if train in subsets and not class_names(subsets[train]):
-        raise ValueError(f"subset {train} has {len(subsets[train])} videos and no segment that can be trained on: expected one that ends after it starts, within its video")
-    if classes and val in subsets and not len(subsets[val].segments):
-        raise ValueError(f"detect.classes_from is ground_truth, but subset {val} has no segments to take classes from")
-    if val in subsets and len(bad := np.flatnonzero(~np.isfinite(subsets[val].segments).all(1))):
-        names = names_of(subsets[val])
-        raise ValueError(f"subset {val} has {len(bad)} segments that are NaN or infinite, first in video {names[subsets[val].owners()[bad[0]]]}: evaluation needs numbers, take them out")
+        expected = "one that ends after it starts, within its video"
+        raise InputError(f"subset {train} has no usable segment: expected {expected}")
+    if needs_classes and val in subsets and not any(video.labels for video in subsets[val]):
+        raise InputError(f"detect.class_scores is ground_truth, but subset {val} has no segments")
+    bad = [v.name for v in subsets.get(val, []) if not np.isfinite(v.segments).all()]
+    if bad:
+        raise InputError(f"subset {val}: NaN or infinite segments in {first_names(bad)}: fix them")
 
 
-def settings_of(cfg):
-    """What frames should have been prepared for, of the config's block `data`: snippets, or rate, and frames and stride."""
-    return {**({"rate": cfg.rate} if cfg.rate else {"snippets": cfg.snippets, "rate": None}), "frames": cfg.frames_per_snippet, "stride": cfg.stride}
+# ------------------------------------------------------------------------------------------ videos
 
 
-def select(subsets, subset, source, kind, say=print, *, durations=None, frames=None, settings=None):
-    """The videos of one subset that have what training needs; the others are counted, named through `say` and left out.
+def as_list(source):
+    """Return a source of features, one path or a list of them, as a list."""
+    return source if isinstance(source, (list, tuple)) else [source]
 
-    kind: "frames", in folder `source`; or "features", in the folder or HDF5 file `source`, or in each of a list of them.
-    durations: a JSON {video: seconds} for videos whose annotation has none. Without one, theirs come from their frames, here or in the folder
-    `frames`, or from the features.json beside their features. settings: see settings_of; says so if frames were prepared for others, going by the first ZIP.
-    ValueError if the subset does not exist or nothing of it is left.
+
+def first_names(names, most=10):
+    """Return the first names, as messages give them."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
+
+
+def select_videos(
+    subsets, subset, source, kind, log=print, *, durations=None, frames=None, settings=None
+) -> list[Video]:
+    """Return the videos of a subset that have frames or features and a duration, with their path.
+
+    The others are counted, named through `log` and left out. kind: "frames" in the folder `source`,
+    or "features" in the folder or HDF5 file `source`, or in each of a list of them. durations: a
+    JSON {video: seconds} for videos whose annotation has none. Without it, theirs come from their
+    frames, here or in the folder `frames`, or from the features.json beside their features.
+    settings: what frames should have been prepared for; the first ZIP is compared with it.
+    Raises InputError if the subset does not exist or nothing of it is left.
     """
     if subset not in subsets:
-        raise ValueError(f"no video of subset {subset!r} in the annotations, which have {sorted(subsets)}: set data.train_subset, data.val_subset")
+        raise InputError(f"no subset {subset!r} in the annotations, only {sorted(subsets)}")
     videos = subsets[subset]
-    names, sources = names_of(videos), source if isinstance(source, (list, tuple)) else [source]
-    found = [find(s, kind, names) for s in sources]
-    index = [i for i, name in enumerate(names) if all(name in f for f in found)]
-    where = " and ".join(map(str, sources))
-    if not index:
-        expected = "a .zip of frames, a folder of JPEG frames or a video file" if kind == "frames" else "a .npy file or HDF5 entry (L, C)"
-        raise ValueError(f"none of the {len(names)} {subset} videos has {kind} in {where}: expected, say, {expected} of the name {names[0]}")
-    left_out(say, f"{subset}: {len(names) - len(index)} of {len(names)} videos have no {kind} in {where}", names, set(range(len(names))).difference(index))
-    duration = videos.duration[index]
-    if np.isnan(duration).any():
-        paths = found[0] if kind == "frames" else media.find_media(frames, names) if frames else None
-        duration = fill_durations([names[i] for i in index], duration, told=durations, source=sources[0] if kind == "features" else None, paths=paths)
-        unknown = np.isnan(duration)
-        left_out(say, f"{subset}: {unknown.sum()} of {len(index)} videos have no duration", names, np.asarray(index)[unknown])
-        index, duration = np.asarray(index)[~unknown], duration[~unknown]
-        if not len(index):
-            raise ValueError(f"none of the {len(unknown)} {subset} videos has a duration, in the annotations or elsewhere: set data.durations to a JSON "
-                             "{video: seconds}, or data.frames to their frames or video files")
-    videos = videos.take(index, duration, [found[0][names[i]] for i in index])
-    if kind == "frames" and settings and (path := next((p for p in videos.paths if p.endswith(".zip")), None)):
-        first = media.FrameZip(path)
-        if first.prepared and len(first.kept) < first.num_frames and {k: first.prepared.get(k) for k in settings} != settings:
-            say(f"{subset}: {path} was prepared for {first.prepared}, this config asks for {settings}: the nearest frames that it keeps are taken, which blurs time; prepare anew")
-    problems = {k: len(rows) for k, rows in segment_problems(videos).items() if len(rows)}
-    if problems:
-        say(f"{subset}: " + ", ".join(f"{n} x {k} ({CONSEQUENCES[k]})" for k, n in problems.items()) + "; `python data.py check` lists them")
+    names = [video.name for video in videos]
+    find = media.find_media if kind == "frames" else find_features
+    found = [find(one, names) for one in as_list(source)]
+    paths = {name: found[0][name] for name in names if all(name in f for f in found)}
+    lack = f"no {kind} in {' and '.join(map(str, as_list(source)))}"
+    videos = _leave_out(subset, videos, [v.name in paths for v in videos], lack, log)
+    videos = [replace(video, path=paths[video.name]) for video in videos]
+    if any(math.isnan(video.duration) for video in videos):
+        features = None
+        if kind == "features":
+            features = source
+            paths = media.find_media(frames, names) if frames else {}
+        videos = fill_durations(videos, durations=durations, features=features, paths=paths)
+        lack = "no duration (set data.durations to a JSON {video: seconds})"
+        known = [not math.isnan(video.duration) for video in videos]
+        videos = _leave_out(subset, videos, known, lack, log)
+    if kind == "frames" and settings:
+        _compare_preparation(subset, videos, settings, log)
+    counts = [f"{len(rows)} x {problem}" for problem, rows in segment_problems(videos).items()]
+    if counts:
+        log(f"{subset}: {', '.join(counts)}; `python -m tools.check_data` lists them")
     return videos
 
 
-def left_out(say, words, names, index):
-    """Says that the videos at `index`, if any, are left out."""
-    index = sorted(index)
-    if index:
-        say(f"{words} and are left out: " + ", ".join(names[i] for i in index[:10]) + (" ..." if len(index) > 10 else ""))
+def _leave_out(subset, videos, keep, lack, log):
+    """Return the videos to keep; log the others. Raises InputError if none is left."""
+    missing = [video.name for video, kept in zip(videos, keep, strict=True) if not kept]
+    message = f"{subset}: {len(missing)} of {len(videos)} videos have {lack}"
+    if not any(keep):
+        raise InputError(f"{message}: {first_names(missing)}")
+    if missing:
+        log(f"{message} and are left out: {first_names(missing)}")
+    return list(compress(videos, keep))
 
 
-def fill_durations(names, duration, *, told=None, source=None, paths=None):
-    """(V,) seconds with the gaps (NaN) of `duration` filled, where that can be done: from the JSON file `told` {video: seconds}, else from the
-    features.json beside the features in `source`, else from media, paths {name: path}."""
-    about = {}
-    if told is not None:
-        try:
-            with open(told) as f:
-                about = {name: float(seconds) for name, seconds in json.load(f).items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{told} cannot be read as durations ({type(error).__name__}: {error}): expected JSON {{VIDEO: seconds}}") from None
-    elif source is not None:
-        about = {name: video["duration_sec"] for facts in facts_of_features(source) for name, video in facts.get("videos", {}).items()}
-    out = duration.copy()
-    for i in np.flatnonzero(np.isnan(duration)).tolist():
-        seconds = next((about[s] for s in media.spellings(names[i]) if s in about), None)
-        if seconds is None and paths and names[i] in paths:
-            seconds = media_duration(paths[names[i]])
-        out[i] = math.nan if seconds is None else float(seconds)
-    return out
+def _compare_preparation(subset, videos, settings, log):
+    """Log if the first ZIP lacks frames because it was prepared for other settings."""
+    path = next((v.path for v in videos if v.path.endswith(".zip")), None)
+    first = media.FrameZip(path) if path else None
+    if first is None or not first.prepared or len(first.kept) == first.num_frames:
+        return
+    if {key: first.prepared.get(key) for key in settings} != settings:
+        why = f"{path} was prepared for {first.prepared}, the config has {settings}"
+        log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
+
+
+def fill_durations(videos, *, durations=None, features=None, paths=None):
+    """Return the videos with durations where the annotations have none, NaN where nothing tells.
+
+    They come from the JSON file `durations` {video: seconds}, else from the features.json beside
+    the first of `features`, else from media, paths {name: path}.
+    """
+    known = {}
+    if durations is not None:
+        known = _read_json(
+            durations, "{VIDEO: seconds}", lambda seconds: {k: float(v) for k, v in seconds.items()}
+        )
+    elif features is not None:
+        for info in read_feature_info(as_list(features)[:1]):
+            known |= {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
+    filled = []
+    for video in videos:
+        if math.isnan(video.duration):
+            seconds = next((known[s] for s in media.spellings(video.name) if s in known), None)
+            if seconds is None and video.name in (paths or {}):
+                seconds = _media_duration(paths[video.name])
+            video = replace(video, duration=math.nan if seconds is None else float(seconds))
+        filled.append(video)
+    return filled
 
 
 @lru_cache(None)
-def media_duration(path):
-    """Seconds, or None if the media does not tell or cannot be opened; looked up once a process."""
+def _media_duration(path):
+    """Return seconds, or None if the media does not tell; looked up once a process."""
     try:
         return media.open_media(path).duration
-    except ValueError:
+    except InputError:
         return None
 
 
-# ---------------------------------------------------------------- fidelities
+def describe_videos(videos):
+    """Return {name: {"duration_sec", "fps"}}, to stand beside their features.
+
+    Of what is not prepared the frame rate is None: to find it takes reading all of the video.
+    """
+    zips = {v.name: media.FrameZip(v.path) for v in videos if (v.path or "").endswith(".zip")}
+    fps = {name: zip_file.fps for name, zip_file in zips.items()}
+    return {v.name: {"duration_sec": v.duration, "fps": fps.get(v.name)} for v in videos}
+
+
+# ---------------------------------------------------------------------------------------- fidelity
+
 
 class Fidelity(NamedTuple):
+    """Temporal and spatial resolution of a batch: L snippets of size x size pixels."""
+
     name: str
-    snippets: int  # L
-    size: int  # H = W, pixels
+    snippets: int | None
+    size: int | None
 
 
-NATIVE = Fidelity("native", None, None)  # features as long as they are on disk; batches of one video
+# Features as long as they are on disk, in batches of one video.
+NATIVE = Fidelity("native", None, None)
 
 
-def fidelities(snippets, size, *, r_t=4.0, r_s=2.0, st=(2.0, math.sqrt(2))):
-    """Full, spatial, temporal and spatio-temporal fidelity (LoFi, section 3.2, equations 1-4) as {name: Fidelity}.
+def fidelities(full: Fidelity, sizes: dict[str, list[int]]) -> dict[str, Fidelity]:
+    """Return {name: Fidelity} for {name: [snippets, pixels]}, with `full` (LoFi, section 3.2).
 
-    S divides both sides of the frame by r_s, T the number of snippets by r_t, ST does both by `st` = (r_t, r_s). The paper's values,
-    which are the defaults, keep the memory of a video the same: 100 x 112, 25 x 224 and 50 x 158 of 100 x 224 (snippets x pixels).
+    The paper's S, T and ST, 100 x 112, 25 x 224 and 50 x 158 of 100 x 224, need the same memory.
     """
-    if snippets / max(r_t, st[0]) < 1 or size / max(r_s, st[1]) < 1 or min(r_t, r_s, *st) < 1:
-        raise ValueError(f"factors r_t {r_t}, r_s {r_s}, ST {st} must be at least 1 and leave a snippet and a pixel of {snippets} x {size}")
-    return {f.name: f for f in (
-        Fidelity("full", snippets, size),
-        Fidelity("S", snippets, round(size / r_s)),
-        Fidelity("T", round(snippets / r_t), size),
-        Fidelity("ST", round(snippets / st[0]), round(size / st[1])))}
+    known = {"full": full}
+    for name, size in sizes.items():
+        whole = len(size) == 2 and all(isinstance(x, int) and x >= 1 for x in size)
+        if not whole or size[0] > full.snippets or size[1] > full.size:
+            expected = f"[snippets, pixels] from 1 to {list(full[1:])}"
+            raise InputError(f"fidelities.{name} is {size}, expected {expected}")
+        known[name] = Fidelity(name, *size)
+    return known
 
 
+@dataclass
 class CyclicFidelitySampler:
     """Batches of (index, Fidelity) pairs, all of a batch at one fidelity: LoFi, section 3.2 (IV).
 
-    fidelities: the cycle, in order; one alone is S-, T- or ST-LoFi. cycle "long" moves on every `period` epochs (c_l), "short" every
-    `period` batches (c_s). What a step brings is a pure function of (seed, epoch, step, rank, world): every rank has the same fidelity at
-    the same step and the same number of steps; each video comes once an epoch, up to padding of the last batch with the epoch's first.
-    together: so many that follow each other stay together in the shuffled order.
-    Pass it to DataLoader as batch_sampler; `set_epoch(epoch, step)` before an epoch, with the step to resume at.
+    fidelities: the cycle, in order; one alone is S-, T- or ST-LoFi. cycle: it moves on every
+    `cycle_length` epochs ("epoch", the paper's long cycle, c_l) or batches ("batch", the short one,
+    c_s); None: 1 epoch or 16 batches, as in the paper. batch_size: over all processes. group_size:
+    so many consecutive samples stay together in the shuffled order.
+
+    What a step brings is a pure function of (seed, epoch, step, rank, world_size): every rank has
+    the same fidelity at the same step and the same number of steps. Each video comes once an epoch,
+    up to padding of the last batch with the epoch's first ones.
     """
 
-    def __init__(self, num_videos, batch_size, fidelities, *, cycle="long", period=1, seed=0, rank=0, world=1, shuffle=True, together=1):
-        if num_videos < 1:
-            raise ValueError("no videos to sample from")
-        if cycle not in ("long", "short") or period < 1:
-            raise ValueError(f"cycle {cycle!r} with period {period}: expected 'long' or 'short', and a period of at least 1")
-        if batch_size % world:
-            raise ValueError(f"the global batch size {batch_size} cannot be divided evenly over {world} processes")
-        self.num_videos, self.batch_size, self.fidelities = num_videos, batch_size, list(fidelities)
-        if num_videos % together:
-            raise ValueError(f"{num_videos} samples cannot be kept together in groups of {together}")
-        self.cycle, self.period, self.seed, self.rank, self.world, self.shuffle, self.together = cycle, period, seed, rank, world, shuffle, together
-        self.steps = math.ceil(num_videos / batch_size)  # an epoch
+    num_videos: int
+    batch_size: int
+    fidelities: list[Fidelity]
+    _: KW_ONLY
+    cycle: str = "epoch"
+    cycle_length: int | None = None
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    group_size: int = 1
+
+    def __post_init__(self):
+        if self.num_videos < 1 or self.num_videos % self.group_size:
+            raise ValueError(f"{self.num_videos} samples in groups of {self.group_size}")
+        if self.batch_size % self.world_size:
+            batch = f"the global batch size {self.batch_size}"
+            raise InputError(f"{batch} does not divide over {self.world_size} processes")
+        if self.cycle_length is None:
+            self.cycle_length = {"epoch": 1, "batch": 16}[self.cycle]
+        self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, step=0):
-        self.epoch, self.first = epoch, step
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and the step to resume at."""
+        self.epoch = epoch
+        self.first_step = first_step
 
-    def fidelity(self, epoch, step):
-        position = epoch if self.cycle == "long" else epoch * self.steps + step
-        return self.fidelities[position // self.period % len(self.fidelities)]
+    def fidelity(self, epoch: int, step: int) -> Fidelity:
+        """Return the fidelity of a batch."""
+        position = epoch if self.cycle == "epoch" else epoch * self.steps_per_epoch + step
+        return self.fidelities[position // self.cycle_length % len(self.fidelities)]
 
     def __len__(self):
-        return self.steps - self.first
+        return self.steps_per_epoch - self.first_step
 
     def __iter__(self):
-        order = torch.arange(self.num_videos)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))
-            order = torch.randperm(self.num_videos // self.together, generator=generator)[:, None] * self.together + torch.arange(self.together)
-            order = order.flatten()
-        order = order.repeat(math.ceil(self.steps * self.batch_size / self.num_videos)).tolist()
-        own = self.batch_size // self.world
-        for step in range(self.first, self.steps):
-            first = step * self.batch_size + self.rank * own
-            yield [(i, self.fidelity(self.epoch, step)) for i in order[first:first + own]]
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))
+        groups = torch.randperm(self.num_videos // self.group_size, generator=generator)
+        order = groups[:, None] * self.group_size + torch.arange(self.group_size)
+        repeats = math.ceil(self.steps_per_epoch * self.batch_size / self.num_videos)
+        order = order.flatten().repeat(repeats).tolist()
+        per_rank = self.batch_size // self.world_size
+        for step in range(self.first_step, self.steps_per_epoch):
+            fidelity = self.fidelity(self.epoch, step)
+            first = step * self.batch_size + self.rank * per_rank
+            yield [(i, fidelity) for i in order[first : first + per_rank]]
 
 
-# ---------------------------------------------------------------- frames
+def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
+    """Return which of the `full` snippets stand for fewer, evenly spread ones: (L,) int64.
 
-def snippet_rows(full, snippets, shift=0.0):
-    """Which of the `full` snippets stand for fewer, evenly spread ones: (L,) int64. With an even ratio the middle falls between two
-    snippets: shift 0 takes the later, 0.5 the earlier."""
-    return ((torch.arange(snippets, dtype=torch.float64) + 0.5) * full / snippets - shift).floor().clamp(0, full - 1).long()
+    With an even ratio the middle falls between two: shift 0 takes the later, 0.5 the earlier.
+    """
+    centre = (torch.arange(snippets, dtype=torch.float64) + 0.5) * full / snippets
+    return (centre - shift).floor().clamp(0, full - 1).long()
 
 
-def square(h, w, ratio=1.0, corner=(0.5, 0.5)):
-    """Top, left and side of a square crop of `ratio` times the short side; corner: where it lies, (y, x) in [0, 1]; (0.5, 0.5) is the centre."""
-    side = round(min(h, w) * ratio)
-    return round(corner[0] * (h - side)), round(corner[1] * (w - side)), side
+# ------------------------------------------------------------------------------------------ frames
 
 
 def crop_resize(frames, size, ratio, corner=(0.5, 0.5), flip=False):
-    """A square crop of `ratio` times the short side, resized to size x size: (F, 3, H, W) uint8 -> (F, 3, size, size) uint8.
+    """Crop a square of `ratio` times the short side and resize it: (F, 3, size, size) uint8.
 
-    corner: where the crop lies, (y, x) in [0, 1]; (0.5, 0.5) is the centre. The same for all frames.
+    frames: (F, 3, H, W) uint8. corner: where the crop lies, (y, x) in [0, 1]; (0.5, 0.5): central.
     """
-    y, x, side = square(*frames.shape[2:], ratio, corner)
-    frames = frames[:, :, y:y + side, x:x + side]
+    height, width = frames.shape[2:]
+    side = round(min(height, width) * ratio)
+    y = round(corner[0] * (height - side))
+    x = round(corner[1] * (width - side))
+    frames = frames[:, :, y : y + side, x : x + side]
     if side != size:
         frames = interpolate(frames, (size, size), mode="bilinear", antialias=True)
     return frames.flip(3) if flip else frames
 
 
-def read_view(source, numbers, size, ratio, corner, flip, out=None):
-    """Frames of a media object as crop_resize makes them, each cropped when it is decoded: (F, 3, size, size) uint8; out: memory for them, channels last."""
-    places = {}
+def read_view(source, numbers, size, ratio, corner=(0.5, 0.5), flip=False):
+    """Read frames of a media object, each as crop_resize makes it: (F, 3, size, size) uint8."""
 
-    def view(frame):  # (H, W, 3) array
-        y, x, side = places.get(frame.shape) or places.setdefault(frame.shape, square(*frame.shape[:2], ratio, corner))
-        frame = frame[y:y + side, x:x + side]
-        if side != size:
-            frame = interpolate(torch.from_numpy(frame).permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-        return torch.from_numpy(frame).flip(1).numpy() if flip else frame
-    return source.read(numbers, short_side=size / ratio, view=view, out=out)
+    def view(frame):
+        frame = torch.from_numpy(frame).permute(2, 0, 1)[None]
+        return crop_resize(frame, size, ratio, corner, flip)[0].permute(1, 2, 0).numpy()
+
+    return source.read(numbers, short_side=size / ratio, view=view)
 
 
-_spare = threading.local()
-
-
-def pixels(count):
-    """(count,) uint8 to decode frames into: the memory of an earlier batch that nobody holds any more, or new. For the kernel to hand out and clear
-    new memory takes a tenth of the time that decoding into it does."""
-    kept = _spare.__dict__.setdefault("kept", [])  # (array, weak reference to what was given away of it)
-    free = next((k for k, (array, user) in enumerate(kept) if array.size >= count and user() is None), None)
-    array = np.empty(count, np.uint8) if free is None else kept.pop(free)[0]
-    given = array[:count]  # alive as long as any tensor made of it
-    kept[:] = [(array, weakref.ref(given)), *kept[:1]]
-    return torch.from_numpy(given)
-
-
+@dataclass(eq=False)
 class VideoDataset:
-    """Untrimmed videos: dataset[index, fidelity] -> {"name", "frames" (L, T, 3, H, W) uint8, "segments" (N, 2), "target" (n,)}.
+    """Untrimmed videos as frames: dataset[index, fidelity] -> {"name", "frames" (L, T, 3, H, W),
+    "segments" (N, 2), "target" (n,) class distribution, "last"}.
 
-    Training takes one random crop, flip and snippet phase a video, a pure function of (seed, epoch, index); else all are central.
-    rate: snippets a second; then a video has as many as its duration asks for. Training takes windows of `snippets` of them that have a segment; else
-    a video comes in pieces of at most `snippets`, one after the other, of which the last says so: "last".
+    snippets: L at full fidelity. rate: snippets a second instead; a video then has as many as its
+    duration asks for. Training takes windows of `snippets` of them that have a segment; else a
+    video comes in pieces of at most `snippets`, of which the last is marked: "last". Training takes
+    one random crop, flip and snippet phase a video, a pure function of (seed, epoch, index); else
+    all are central. crop: side of the crop as a fraction of the short side.
     """
 
-    def __init__(self, videos, folder, *, classes=(), snippets, frames, stride, crop=0.875, flip=True, train=False, seed=0, rate=None):
-        self.videos, self.folder, self.classes, self.train, self.seed = videos, folder, list(classes), train, seed
-        self.snippets, self.frames, self.stride, self.crop, self.flip, self.rate = snippets, frames, stride, crop, flip, rate
-        self.items = self.items_of(videos)
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on
+    videos: list[Video]
+    _: KW_ONLY
+    classes: list[str] = ()
+    snippets: int
+    frames_per_snippet: int
+    stride: int
+    size: int
+    crop: float = 0.875
+    flip: bool = True
+    rate: float | None = None
+    train: bool = False
+    seed: int = 0
 
-    def count(self, video):
-        """Snippets of a video at full fidelity."""
+    def __post_init__(self):
+        self.full = Fidelity("full", self.snippets, self.size)
+        # In shared memory, where loader workers see it change.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.items = self._list_items()
+
+    def num_snippets(self, video: Video) -> int:
+        """Return how many snippets a video has at full fidelity."""
         return max(round(video.duration * self.rate), 1) if self.rate else self.snippets
 
-    def items_of(self, videos):
-        """(video, first snippet) of each sample, (n, 2) int64; None without a rate: each video is a sample."""
+    def _list_items(self):
+        """Return (video, first snippet) of each sample."""
+        counts = [self.num_snippets(video) for video in self.videos]
         if self.rate and self.train:
-            return windows_with_segments(videos, (self.count(v) for v in videos), self.snippets)
-        return np.array([(i, first) for i, v in enumerate(videos) for first in range(0, self.count(v), self.snippets)], np.int64).reshape(-1, 2) if self.rate else None
+            return windows_with_segments(self.videos, counts, self.snippets)
+        pieces = [range(0, count, self.snippets) for count in counts]
+        return [(i, first) for i, firsts in enumerate(pieces) for first in firsts]
 
-    def only(self, index):
-        """The same of the videos at `index` alone."""
-        other = copy.copy(self)
-        other.videos = self.videos.take(index) if isinstance(self.videos, Videos) else [self.videos[i] for i in index]
-        other.items = other.items_of(other.videos)
-        return other
+    def subset(self, indices) -> "VideoDataset":
+        """Return the same data set of some of its videos."""
+        return replace(self, videos=[self.videos[i] for i in indices])
 
-    def share(self, rank, world):
-        """The samples of every world-th video, in order."""
-        return range(rank, len(self), world) if self.items is None else np.flatnonzero(self.items[:, 0] % world == rank).tolist()
+    def shard(self, rank: int, world_size: int) -> list[int]:
+        """Return the samples of every world_size-th video, in order."""
+        return [k for k, (i, _) in enumerate(self.items) if i % world_size == rank]
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the random views."""
         self.epoch.fill_(epoch)
 
     def __len__(self):
-        return len(self.videos) if self.items is None else len(self.items)
-
-    def __getitem__(self, pair):
-        return self.__getitems__([pair])[0]
-
-    def __getitems__(self, pairs):
-        """The samples of a batch, as a DataLoader asks for them. Their frames lie side by side in memory, channels last, so that collate need not copy them."""
-        plans = [self._plan(*pair) for pair in pairs]
-        shapes = [(*numbers.shape, f.size, f.size, 3) for (_, f), (_, numbers, _) in zip(pairs, plans)]
-        for (sample, numbers, read), shape, memory in zip(plans, shapes, pixels(sum(map(math.prod, shapes))).split([*map(math.prod, shapes)])):
-            read(numbers.flatten().numpy(), out=memory.view(-1, *shape[2:]))
-            sample["frames"] = memory.view(shape).movedim(-1, 2)
-        return [sample for sample, *_ in plans]
-
-    def _plan(self, index, fidelity):
-        """A sample but for its frames, the numbers of these, (L, T), and read_view with all but them."""
-        i, first = (index, 0) if self.items is None else self.items[index].tolist()
-        video = self.videos[i]
-        source = media.open_media(video.path or f"{self.folder}/{video.name}.zip")
-        shift, corner, flip = 0.0, (0.5, 0.5), False
-        if self.train:
-            rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
-            shift, corner, flip = rng.choice([0.0, 0.5]), tuple(rng.random(2).tolist()), bool(self.flip and rng.random() < 0.5)
-        count, length = self.count(video), self.snippets
-        numbers = snippet_frames(source.num_frames, count, self.frames, self.stride)[first:first + length]
-        if self.items is not None and self.train:
-            video = in_window(video, count, first, length)
-            numbers = numbers[torch.arange(length).clamp(max=len(numbers) - 1)]  # beyond a short video its last snippet
-        if self.items is None or self.train:
-            numbers = numbers[snippet_rows(length, fidelity.snippets, shift)]
-        sample = {"name": video.name, "segments": video.segments, "target": class_target(video, self.classes), "last": first + length >= count}
-        return sample, numbers, partial(read_view, source, size=fidelity.size, ratio=self.crop, corner=corner, flip=flip)
-
-
-class Clip(NamedTuple):
-    path: str
-    start_sec: float  # a trimmed clip: 0
-    end_sec: float  # a trimmed clip: inf
-    label: int
-    duration_sec: float | None = None  # of the whole video, as annotated: times are then parts of it, as in every stage; None: its media tell their frame rate
-    play: str = "forward"  # see clip_frames
-
-
-def clip_frames(first, end, frames, stride, where=0.5, play="forward"):
-    """Frame numbers of T frames, `stride` apart, of a clip that lasts from frame `first` to `end`: (T,) int64, clamped to the clip.
-
-    where: 0 the earliest, 1 the latest in the clip. play: "forward", "reversed", "normal" or "double" speed, of which the last takes every second
-    frame of the one before. In a clip too short for T frames at double speed the stride is made smaller for both, so that clamping does not
-    give the answer away; ValueError if the clip has less than 2 T frames.
-    """
-    if play in ("normal", "double"):
-        stride = min(stride, int((end - first) // (2 * frames)))
-        if stride < 1:
-            raise ValueError(f"{end - first:g} frames are too few for {frames} at double speed: expected at least {2 * frames}; leave the clip out, or take fewer frames")
-        stride *= 2 if play == "double" else 1
-    slack = max(end - first - frames * stride, 0)
-    numbers = np.floor(first + where * slack + (np.arange(frames) + 0.5) * stride).clip(first // 1, max(math.ceil(end) - 1, 0)).astype(np.int64)
-    return numbers[::-1].copy() if play == "reversed" else numbers
-
-
-def list_clips(folder, suffix=None, classes=None):
-    """FOLDER/CLASS/*suffix, or any media of these folders, -> ([Clip, ...], [class names]), sorted. ValueError if there are none, or others than `classes`."""
-    found = sorted(d.name for d in os.scandir(folder) if d.is_dir()) if os.path.isdir(folder) else []
-    classes = found if classes is None else classes
-    if not set(found) <= set(classes):
-        raise ValueError(f"{folder} has classes that the training clips lack: {sorted(set(found) - set(classes))[:10]}")
-    clips = [Clip(path, 0.0, math.inf, classes.index(c)) for c in found for path in (
-             [f"{folder}/{c}/{f}" for f in sorted(os.listdir(f"{folder}/{c}")) if f.endswith(suffix)] if suffix else media.find_media(f"{folder}/{c}").values())]
-    if not clips:
-        raise ValueError(f"no {suffix or 'video'} file in {folder}/CLASS/: name a folder with one sub-folder a class")
-    return clips, classes
-
-
-def segment_clips(videos, folder, classes):
-    """The annotated segments of untrimmed videos as clips to classify (LoFi, section 4.2: ACP+); those of other classes are left out."""
-    return [Clip(v.path or f"{folder}/{v.name}.zip", *(v.segments[i] * v.duration).tolist(), classes.index(label), v.duration)
-            for v in videos for i, label in enumerate(v.labels) if label in classes]
-
-
-class ClipDataset:
-    """Trimmed clips: dataset[index, fidelity] -> {"name", "frames" (1, T, 3, H, W) uint8, "label" int}.
-
-    Training takes T frames, `stride` apart, at a random time within the clip, at a random crop and flip, the same for `together` clips that follow each
-    other; else all are central.
-    """
-
-    def __init__(self, clips, *, frames, stride, crop=0.875, flip=True, train=False, seed=0, together=1):
-        self.clips, self.frames, self.stride, self.crop, self.flip = clips, frames, stride, crop, flip
-        self.train, self.seed, self.together = train, seed, together
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    set_epoch = VideoDataset.set_epoch
-
-    def __len__(self):
-        return len(self.clips)
+        return len(self.items)
 
     def __getitem__(self, pair):
         index, fidelity = pair
-        clip = self.clips[index]
-        source = media.open_media(clip.path)
-        whole = (clip.start_sec, clip.end_sec) == (0, math.inf)
-        fps = source.num_frames / clip.duration_sec if clip.duration_sec else 1.0 if whole else source.fps
-        if not fps:
-            raise ValueError(f"{clip.path} tells no frame rate, so where are {clip.start_sec:g} to {clip.end_sec:g} s? Put a video.json with fps beside its frames")
-        where, corner, flip = 0.5, (0.5, 0.5), False
-        if self.train:
-            rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index // self.together))
-            where, corner, flip = rng.random(), tuple(rng.random(2).tolist()), bool(self.flip and rng.random() < 0.5)
-        first, end = clip.start_sec * fps, min(clip.end_sec * fps, source.num_frames)
-        if not first < end:
-            raise ValueError(f"{clip.path}: a clip from {clip.start_sec:g} to {clip.end_sec:g} s, of a video of {source.num_frames / fps:g} s, has no frame: "
-                             "correct its times")
-        try:
-            numbers = clip_frames(first, end, self.frames, self.stride, where, clip.play)
-        except ValueError as error:
-            raise ValueError(f"{clip.path}: {error}") from None
-        frames = read_view(source, numbers, fidelity.size, self.crop, corner, flip)
-        return {"name": clip.path, "frames": frames[None], "label": clip.label}
+        i, first = self.items[index]
+        video = self.videos[i]
+        count = self.num_snippets(video)
+        segments, labels = video.actions
+        shift, corner, flip = self._random_view(index) if self.train else (0.0, (0.5, 0.5), False)
+
+        source = media.open_media(video.path)
+        numbers = snippet_frames(source.num_frames, count, self.frames_per_snippet, self.stride)
+        numbers = numbers[first : first + self.snippets]
+        if self.rate and self.train:
+            segments, labels = clip_to_window(segments, labels, count, first, self.snippets)
+            # Beyond the end of a short video its last snippet is repeated.
+            numbers = numbers[torch.arange(self.snippets).clamp(max=len(numbers) - 1)]
+        if self.train or not self.rate:
+            numbers = numbers[snippet_rows(self.snippets, fidelity.snippets, shift)]
+        flat = numbers.flatten().numpy()
+        frames = read_view(source, flat, fidelity.size, self.crop, corner, flip)
+        return {
+            "name": video.name,
+            "frames": frames.unflatten(0, numbers.shape),
+            "segments": segments,
+            "target": class_target(labels, self.classes),
+            "last": first + self.snippets >= count,
+        }
+
+    def _random_view(self, index):
+        rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
+        shift = rng.choice([0.0, 0.5])
+        corner = tuple(rng.random(2).tolist())
+        return shift, corner, self.flip and rng.random() < 0.5
 
 
-# ---------------------------------------------------------------- features
+# ---------------------------------------------------------------------------------------- features
 
-def open_hdf5(path):
+
+def _open_hdf5(path):
     try:
         import h5py
     except ImportError:
-        raise ValueError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
+        raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}): expected an HDF5 file of arrays (L, C)") from None
+        raise InputError(f"{path} is not a valid HDF5 file ({error})") from None
 
 
 def find_features(source, names):
-    """Where the features of some videos lie, {name: path} for those that have any: SOURCE/VIDEO.npy, .h5 or .hdf5, or FILE\0VIDEO in one HDF5 file."""
+    """Return where the features of videos lie, {name: path}, for those that have any.
+
+    Paths are SOURCE/VIDEO.npy, .h5 or .hdf5, or FILE\\0VIDEO in one HDF5 file.
+    """
     found = {}
     if os.path.isdir(source):
-        for entry in os.scandir(source):
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix in (".npy", ".h5", ".hdf5"):
-                found[stem] = min(found.get(stem, entry.path), entry.path, key=lambda path: not path.endswith(".npy"))
+        # In this order an .npy file is the one that stays.
+        for suffix in (".hdf5", ".h5", ".npy"):
+            files = [f for f in os.listdir(source) if f.endswith(suffix)]
+            found |= {f.removesuffix(suffix): f"{source}/{f}" for f in files}
     elif os.path.isfile(source):
-        with open_hdf5(source) as f:
-            found = {key: f"{source}\0{key}" for key in f}
+        with _open_hdf5(source) as file:
+            found = {key: f"{source}\0{key}" for key in file}
     return {name: found[s] for name in names for s in media.spellings(name)[::-1] if s in found}
 
 
-def shown(path):
+def shown_path(path):
+    """Return the path of features as a message shows it."""
     return path.replace("\0", ":")
 
 
 def read_features(path, values=True):
-    """The features of one video as find_features names them: (L, C), memory-mapped if it is an .npy file. ValueError if they cannot be read.
+    """Return the features of one video as find_features names them: (L, C), .npy memory-mapped.
 
-    values: False if only their shape is wanted: an HDF5 file's are then not read, but zeros."""
-    file, _, key = path.partition("\0")
+    values: False if only the shape is wanted: those of an HDF5 file are then not read, but zeros.
+    """
+    file_path, _, key = path.partition("\0")
     try:
-        if file.endswith(".npy"):
-            features = np.load(file, mmap_mode="r")
+        if file_path.endswith(".npy"):
+            features = np.load(file_path, mmap_mode="r")
         else:
-            with open_hdf5(file) as f:  # opened for each video: a loader's workers must not share one that was open when they were forked
-                node = f[key] if key else f
-                while hasattr(node, "keys"):  # a file or group of one array
-                    if len(node) != 1:
-                        raise ValueError(f"{len(node)} entries instead of one array: {list(node)[:5]}")
-                    node = node[next(iter(node))]
-                features = node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
+            features = _read_hdf5(file_path, key, values)
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{shown(path)} cannot be read ({error}): expected an .npy or HDF5 array (L, C)") from None
-    if features.ndim != 2 or not features.shape[0] or not np.issubdtype(features.dtype, np.floating):
-        raise ValueError(f"{shown(path)} has shape {features.shape}, {features.dtype}; expected floating-point features (L, C), snippets first")
+        reason = f"({error}): expected an .npy or HDF5 array (L, C)"
+        raise InputError(f"{shown_path(path)} cannot be read {reason}") from None
+    valid = features.ndim == 2 and features.shape[0]
+    if not valid or not np.issubdtype(features.dtype, np.floating):
+        got = f"shape {features.shape}, {features.dtype}"
+        raise InputError(f"{shown_path(path)} has {got}; expected floating-point features (L, C)")
     return features
 
 
-def finite(x, path):
+def _read_hdf5(path, key, values):
+    # Opened for each video: workers must not share a file that was open when they were forked.
+    with _open_hdf5(path) as file:
+        node = file[key] if key else file
+        while hasattr(node, "keys"):
+            if len(node) != 1:
+                raise ValueError(f"{len(node)} entries instead of one array: {list(node)[:5]}")
+            node = node[next(iter(node))]
+        return node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
+
+
+def check_finite(x, path):
+    """Raise InputError if features have NaN or infinite values."""
     if not np.isfinite(x).all():
-        raise ValueError(f"{shown(path)} has NaN or infinite features: extract this video again")
-    return x
+        raise InputError(f"{shown_path(path)} has NaN or infinite values: extract this video again")
+
+
+def read_feature_info(source):
+    """Return the features.json beside each source of features, a list of those that exist."""
+    folders = [s if os.path.isdir(s) else os.path.dirname(s) or "." for s in as_list(source)]
+    paths = dict.fromkeys(f"{folder}/features.json" for folder in folders)
+    return [_read_json(path, "a dictionary", dict) for path in paths if os.path.exists(path)]
 
 
 class FeatureDataset:
-    """Features: dataset[index, fidelity] -> {"name", "features" (C, L) float32, "segments" (N, 2), "target" (n,) class distribution}.
+    """Videos as features: dataset[index, fidelity] -> {"name", "features" (C, L) float32,
+    "segments" (N, 2), "target" (n,) class distribution}.
 
-    source: a folder or HDF5 file of features, or a list of them, whose channels are put side by side, each resized to the wanted L.
+    source: a folder or HDF5 file, or a list of them, whose channels are put side by side.
     """
 
-    def __init__(self, videos, source, classes):
-        self.videos, self.classes = videos, classes
-        sources, names = source if isinstance(source, (list, tuple)) else [source], names_of(videos)
-        found = [find_features(s, names) for s in sources]
-        for s, f in zip(sources, found):
-            if len(f) < len(names):
-                raise ValueError(f"{s} has no features of {next(n for n in names if n not in f)}")
-        self.paths = [Strings(f[n] for n in names) for f in found]
-        self.widths = [x.shape[1] for x in self._read(0)]
+    def __init__(self, videos: list[Video], source, classes: list[str] = ()):
+        self.videos = videos
+        self.classes = list(classes)
+        self.paths = []  # of each source, of each video
+        names = [video.name for video in videos]
+        for one in as_list(source):
+            found = find_features(one, names)
+            missing = [name for name in names if name not in found]
+            if missing:
+                raise InputError(f"{one} has no features of {first_names(missing)}")
+            self.paths.append([found[name] for name in names])
+        self.widths = [read_features(paths[0], values=False).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
 
-    def _read(self, index, widths=None):
-        read = [read_features(paths[index]) for paths in self.paths]
-        for paths, x, width in zip(self.paths, read, widths or ()):
-            if x.shape[1] != width:
-                raise ValueError(f"{shown(paths[index])} has {x.shape[1]} channels, {shown(paths[0])} has {width}")
-        return read
+    def _read(self, index, k):
+        """Return a video's (L, C) array of source k, and its path."""
+        path = self.paths[k][index]
+        x = read_features(path)
+        if x.shape[1] != self.widths[k]:
+            others = f"{shown_path(self.paths[k][0])} has {self.widths[k]}"
+            raise InputError(f"{shown_path(path)} has {x.shape[1]} channels, {others}")
+        return x, path
 
-    def set_epoch(self, epoch):
-        pass  # no augmentation
+    def subset(self, indices) -> "FeatureDataset":
+        """Return a data set of these videos alone."""
+        other = copy.copy(self)
+        other.videos = [self.videos[i] for i in indices]
+        other.paths = [[paths[i] for i in indices] for paths in self.paths]
+        return other
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: there is no augmentation."""
 
     def __len__(self):
         return len(self.videos)
 
-    def snippets(self, index):
-        """How many snippets a video has on disk, in the first source: what the fidelity NATIVE gives."""
+    def num_snippets(self, index: int) -> int:
+        """Return how many snippets a video has on disk, in the first source."""
         return len(read_features(self.paths[0][index], values=False))
 
-    def features(self, index, snippets=None, rows=slice(None)):
-        """The snippets `rows` of video `index`, (C, L) float32, resized to `snippets` if told; the rate of several sources is that of the first."""
-        parts, sources = [], self._read(index, self.widths)
-        for paths, x in zip(self.paths, sources):
-            if rows != slice(None) and len(x) != len(sources[0]):
-                x = interpolate(torch.from_numpy(np.array(x, np.float32)).t()[None], len(sources[0]), mode="linear", align_corners=False)[0].t().numpy()
-            x = torch.from_numpy(np.array(x[rows], np.float32)).t()  # (C, L)
-            finite(x.numpy(), paths[index])
-            wanted = snippets or (parts or [x])[0].shape[1]
-            parts.append(x if x.shape[1] == wanted else interpolate(x[None], wanted, mode="linear", align_corners=False)[0])
+    def features(self, index: int, snippets: int | None = None, rows=slice(None)) -> torch.Tensor:
+        """Return a video's features, (C, L) float32, resized to `snippets`; of these, `rows`.
+
+        snippets: None keeps the length of the first source, to which the others are resized.
+        """
+        parts = []
+        for k in range(len(self.paths)):
+            x, path = self._read(index, k)
+            snippets = snippets or len(x)
+            resized = len(x) != snippets
+            x = np.array(x if resized else x[rows], np.float32)
+            check_finite(x, path)
+            x = torch.from_numpy(x).t()
+            if resized:
+                x = interpolate(x[None], snippets, mode="linear", align_corners=False)[0][:, rows]
+            parts.append(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __getitem__(self, pair):
         index, fidelity = pair
-        video = self.videos[index]
-        return {"name": video.name, "features": self.features(index, fidelity.snippets), "segments": video.segments, "target": class_target(video, self.classes)}
+        segments, labels = self.videos[index].actions
+        return {
+            "name": self.videos[index].name,
+            "features": self.features(index, fidelity.snippets),
+            "segments": segments,
+            "target": class_target(labels, self.classes),
+        }
 
-    def statistics(self, most=2000):
-        """Mean and standard deviation of each channel over snippets, and standard deviation of a video's mean: three (C,) float32.
+    def statistics(self, max_videos: int = 2000) -> tuple[torch.Tensor, ...]:
+        """Return mean and standard deviation of each channel over snippets, and the standard
+        deviation of a video's mean: three (C,) float32.
 
-        Over at most `most` evenly picked videos. A channel that never changes gets a small, positive deviation.
+        Over at most `max_videos` evenly picked videos. A channel that never changes gets a small,
+        positive deviation.
         """
-        sums, means = [[0, 0.0, 0.0] for _ in self.paths], []
-        for i in np.linspace(0, len(self) - 1, min(len(self), most)).round().astype(int).tolist():
-            means.append([])
-            for part, paths, x in zip(sums, self.paths, self._read(i, self.widths)):
-                x = finite(np.asarray(x, np.float64), paths[i])
-                part[0], part[1], part[2] = part[0] + len(x), part[1] + x.sum(0), part[2] + (x * x).sum(0)
-                means[-1].append(x.mean(0))
-        mean, square_mean = (np.concatenate([part[k] / part[0] for part in sums]) for k in (1, 2))
-        stds = np.sqrt(np.maximum(square_mean - mean**2, 0)), np.std([np.concatenate(m) for m in means], 0)
-        return tuple(torch.from_numpy(x).float() for x in (mean, *(np.maximum(std, 1e-3 * stds[0].max() + 1e-6) for std in stds)))
+        picked = np.linspace(0, len(self) - 1, min(len(self), max_videos)).round().astype(int)
+        means, variances, video_stds = [], [], []
+        for k in range(len(self.paths)):
+            count = 0
+            total, total_sq = np.zeros((2, self.widths[k]))
+            video_means = []
+            for i in picked.tolist():
+                x, path = self._read(i, k)
+                x = np.asarray(x, np.float64)
+                check_finite(x, path)
+                count += len(x)
+                total += x.sum(0)
+                total_sq += (x * x).sum(0)
+                video_means.append(x.mean(0))
+            means.append(total / count)
+            variances.append(total_sq / count - (total / count) ** 2)
+            video_stds.append(np.std(video_means, 0))
+        std = np.sqrt(np.maximum(np.concatenate(variances), 0))
+        smallest = 1e-3 * std.max() + 1e-6
+        video_std = np.maximum(np.concatenate(video_stds), smallest)
+        statistics = (np.concatenate(means), np.maximum(std, smallest), video_std)
+        return tuple(torch.from_numpy(x).float() for x in statistics)
 
 
-# ---------------------------------------------------------------- windows
+class SubsequenceDataset:
+    """Random subsequences of features, to train SoLa: dataset[index, fidelity] -> {"name",
+    "features" (C, length)}.
 
-def window_starts(count, length):
-    """First snippets of windows of `length` over `count` snippets: each overlaps the one before by half, the last ends with the video."""
+    Each video gives `per_video` of them an epoch, a pure function of (seed, epoch, index). Videos
+    that are shorter are left out: .left_out has their names. Features of at most `cache_gb` in all
+    are kept in memory.
+    """
+
+    def __init__(self, features: FeatureDataset, length, *, per_video=1, seed=0, cache_gb=1.0):
+        self.dataset = features
+        self.videos = features.videos
+        self.channels = features.channels
+        self.length = length
+        self.per_video = per_video
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.counts = [features.num_snippets(i) for i in range(len(features))]
+        self.kept = [i for i, count in enumerate(self.counts) if count >= length]
+        self.left_out = [self.videos[i].name for i, n in enumerate(self.counts) if n < length]
+        if not self.kept:
+            longest = f"{length} snippets, the longest has {max(self.counts)}"
+            raise InputError(f"all videos are shorter than sola.subsequence of {longest}")
+        cached = 4e-9 * sum(self.counts) * self.channels <= cache_gb
+        self.cache = {i: features.features(i) for i in self.kept} if cached else {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the random starts."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.kept) * self.per_video
+
+    def __getitem__(self, pair):
+        index, _ = pair
+        i = self.kept[index % len(self.kept)]
+        key = seed_of(self.seed, "subsequence", int(self.epoch), index)
+        generator = torch.Generator().manual_seed(key)
+        start = sample_subsequences([self.counts[i]], self.length, generator=generator).item()
+        rows = slice(start, start + self.length)
+        x = self.cache[i][:, rows] if self.cache else self.dataset.features(i, rows=rows)
+        return {"name": self.videos[i].name, "features": x.contiguous()}
+
+
+# ----------------------------------------------------------------------------------------- windows
+
+
+def window_starts(count: int, length: int) -> list[int]:
+    """Return the first snippets of windows of `length` over `count` snippets.
+
+    Each overlaps the one before by half; the last ends with the video.
+    """
     return [*range(0, count - length, length // 2), max(count - length, 0)]
 
 
-def windows_of(features, length):
-    """The windows of one video, features (C, count): (W, C, length), zero beyond the end of a video that is shorter than a window, and where they start."""
+def cut_windows(features: torch.Tensor, length: int) -> tuple[torch.Tensor, list[int]]:
+    """Cut features (C, L) into windows (W, C, length), zero beyond the end; and their starts."""
     starts = window_starts(features.shape[1], length)
-    return torch.stack([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in (features[:, i:i + length] for i in starts)]), starts
+    windows = [features[:, i : i + length] for i in starts]
+    return torch.stack([pad(x, (0, length - x.shape[1])) for x in windows]), starts
 
 
-def in_window(video, count, first, length, inside=0.5):
-    """The video as one of its windows sees it: segments as fractions of the window, clipped to it; those of which less than `inside` lies in it are gone."""
-    segments = (video.segments * count - first) / length
+def clip_to_window(segments, labels, count, first, length, inside=0.5):
+    """Return the segments, clipped to a window and as fractions of it, and their labels.
+
+    segments: (N, 2) as fractions of a video of `count` snippets; those of which less than `inside`
+    lies in the window, snippets `first` to `first + length`, are left out.
+    """
+    segments = (segments * count - first) / length
     clipped = segments.clamp(0, 1)
-    keep = (clipped[:, 1] - clipped[:, 0] > 0) & (clipped[:, 1] - clipped[:, 0] >= inside * (segments[:, 1] - segments[:, 0]))
-    return video._replace(segments=clipped[keep], labels=tuple(c for c, k in zip(video.labels, keep.tolist()) if k))
+    seen = clipped[:, 1] - clipped[:, 0]
+    keep = (seen > 0) & (seen >= inside * (segments[:, 1] - segments[:, 0]))
+    return clipped[keep], tuple(compress(labels, keep.tolist()))
 
 
 def windows_with_segments(videos, counts, length):
-    """(video, first snippet) of every window that training sees: (W, 2) int64. ValueError if there is none."""
-    found = [(i, first) for i, count in enumerate(counts) for first in window_starts(count, length) if len(in_window(videos[i], count, first, length).labels)]
+    """Return (video, first snippet) of every window that training sees; counts: of snippets."""
+    found = []
+    for i, (video, count) in enumerate(zip(videos, counts, strict=True)):
+        segments, labels = video.actions
+        for first in window_starts(count, length):
+            if clip_to_window(segments, labels, count, first, length)[1]:
+                found.append((i, first))
     if not found:
-        raise ValueError(f"no window of {length} snippets has a segment at least half in it: see data.snippets and data.windows")
-    return np.array(found, np.int64)
+        raise InputError(f"no window of {length} snippets (video.snippets) holds half a segment")
+    return found
 
 
 class WindowDataset:
-    """Windows of `length` snippets over a FeatureDataset at its own rate, as on THUMOS14, whose videos are long and whose actions are short.
+    """Windows of `length` snippets over a FeatureDataset at its own rate, as on THUMOS14, whose
+    videos are long and whose actions are short.
 
-    Training: dataset[index, fidelity] is a window with a segment, as a sample of FeatureDataset. Else it is a video, with all its windows:
-    {"name", "features" (W, C, length), "first" (W,), "snippets"}; batches of one. What lies beyond a video that is shorter than a window is zero.
+    Training: dataset[index, fidelity] is a window with a segment, as a sample of FeatureDataset.
+    Else it is a video with all its windows: {"name", "features" (W, C, length), "first" (W,),
+    "snippets"}, for batches of one. What lies beyond the end of a short video is zero.
     """
 
-    def __init__(self, dataset, length, train=False):
-        self.dataset, self.length, self.train, self.classes, self.channels = dataset, length, train, dataset.classes, dataset.channels
-        self.videos, self.statistics, self.set_epoch = dataset.videos, dataset.statistics, dataset.set_epoch
-        self.items = windows_with_segments(self.videos, map(dataset.snippets, range(len(dataset))), length) if train else None
+    def __init__(self, dataset: FeatureDataset, length: int, train: bool = False):
+        self.dataset = dataset
+        self.videos = dataset.videos
+        self.classes = dataset.classes
+        self.channels = dataset.channels
+        self.statistics = dataset.statistics
+        self.set_epoch = dataset.set_epoch
+        self.length = length
+        self.train = train
+        if train:
+            self.counts = [dataset.num_snippets(i) for i in range(len(dataset))]
+            self.items = windows_with_segments(self.videos, self.counts, length)
 
     def __len__(self):
         return len(self.items) if self.train else len(self.videos)
 
     def __getitem__(self, pair):
-        if self.train:
-            index, first = self.items[pair[0]].tolist()
-            seen = in_window(self.videos[index], self.dataset.snippets(index), first, self.length)
-            x = self.dataset.features(index, rows=slice(first, first + self.length))
-            x = torch.nn.functional.pad(x, (0, self.length - x.shape[1]))
-            return {"name": seen.name, "features": x, "segments": seen.segments, "target": class_target(seen, self.classes)}
-        x = self.dataset.features(pair[0])
-        windows, starts = windows_of(x, self.length)
-        return {"name": self.videos[pair[0]].name, "features": windows, "first": torch.tensor(starts), "snippets": x.shape[1]}
+        return self._window(pair[0]) if self.train else self._all_windows(pair[0])
+
+    def _window(self, index):
+        i, first = self.items[index]
+        segments, labels = self.videos[i].actions
+        segments, labels = clip_to_window(segments, labels, self.counts[i], first, self.length)
+        x = self.dataset.features(i, rows=slice(first, first + self.length))
+        return {
+            "name": self.videos[i].name,
+            "features": pad(x, (0, self.length - x.shape[1])),
+            "segments": segments,
+            "target": class_target(labels, self.classes),
+        }
+
+    def _all_windows(self, index):
+        x = self.dataset.features(index)
+        windows, starts = cut_windows(x, self.length)
+        sample = {"name": self.videos[index].name, "features": windows}
+        return {**sample, "first": torch.tensor(starts), "snippets": x.shape[1]}
 
 
-def collate(samples):
-    """Tensors of one shape are stacked, numbers become a tensor; names and segments stay lists of B."""
+# ----------------------------------------------------------------------------------------- loading
+
+SHARED_MEMORY_FULL = (
+    "/dev/shm is full, through which data loading workers hand over batches: "
+    "start Docker with --shm-size=16g, say, or set data.workers=0"
+)
+
+
+def collate(samples: list[dict]) -> dict:
+    """Return a batch: tensors are stacked, numbers become a tensor, names and segments lists."""
     batch = {}
     for key in samples[0]:
-        values = [s[key] for s in samples]
-        if key in ("name", "segments"):
-            batch[key] = values
-        else:
-            batch[key] = stack(values) if torch.is_tensor(values[0]) else torch.tensor(values)
+        values = [sample[key] for sample in samples]
+        if torch.is_tensor(values[0]) and key != "segments":
+            values = _stack(values)
+        batch[key] = values if key in ("name", "segments") else torch.as_tensor(values)
     return batch
 
 
-def stack(tensors):
-    """torch.stack; without a copy, if they lie side by side in memory, as VideoDataset's frames do."""
+def _stack(tensors):
+    """Return torch.stack(tensors), a single one without a copy."""
     first = tensors[0]
-    step, storage = first.numel() * first.element_size(), first.untyped_storage().data_ptr()
-    if all(t.untyped_storage().data_ptr() == storage and t.data_ptr() == first.data_ptr() + i * step and t.stride() == first.stride()
-           for i, t in enumerate(tensors)):
-        return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
-    return torch.stack(tensors)
+    if len(tensors) == 1:
+        return first[None]
+    # Frames of several snippets stay channels last in memory, as they were decoded.
+    channels_last = first.ndim == 5 and len(first) > 1
+    if channels_last:
+        tensors = [x.movedim(2, -1) for x in tensors]
+    out = None
+    if get_worker_info() is not None:
+        # As in torch's own collate: a worker stacks straight into the memory that it shares.
+        storage = torch.UntypedStorage._new_shared(len(tensors) * first.nbytes)
+        out = torch.empty(0, dtype=first.dtype).set_(storage).view(-1, *tensors[0].shape)
+    batch = torch.stack(tensors, out=out)
+    return batch.movedim(-1, 3) if channels_last else batch
 
 
-# ---------------------------------------------------------------- python data.py
+class _Batches:
+    """A data set of whole batches: batches[pairs] is the collated batch of (index, Fidelity) pairs.
 
-def main_prepare(args):
-    if not os.path.isdir(args.videos):
-        raise ValueError(f"no folder {args.videos}: name the folder of video files with --videos")
-    if args.annotations:
-        known = load_annotations(args.annotations)
-        if set(args.subsets or known) - set(known):
-            raise ValueError(f"the annotations have no subset {sorted(set(args.subsets) - set(known))}, only {sorted(known)}")
-        names = [n for s in args.subsets or known for n in names_of(known[s])]
-    else:
-        names = None
-    found = media.find_media(args.videos, names, prepared=False, skip=args.out, say=print)
-    names = list(found) if names is None else names
-    missing = [n for n in names if n not in found]
-    if not found:
-        raise ValueError(f"none of the {len(names)} videos is in {args.videos}: expected, say, {args.videos}/{(names or ['VIDEO'])[0]}.mp4")
-    left_out(print, f"{len(missing)} of {len(names)} videos are not in {args.videos}", missing, range(len(missing)))
-    copies = [round(args.short_side / 2**0.5), args.short_side // 2] if args.copies is None else args.copies
-    settings = {k: getattr(args, k) for k in ("snippets", "frames", "stride", "short_side", "quality")} | {"copies": copies, "rate": args.rate}
-    if min(*(v for k, v in settings.items() if k not in ("copies", "rate")), *copies) < 1 or args.quality > 100 or args.rate is not None and args.rate <= 0:
-        raise ValueError(f"{settings}: expected numbers of at least 1, and a quality of at most 100")
-    made, failed = media.prepare(found, args.out, settings, args.workers, tqdm.write)
-    print(f"{args.out}: {len(made)} prepared, {len(found) - len(made) - len(failed)} were there already, {len(failed)} failed, {len(missing)} missing")
-    for name, words in sorted(failed.items()):
-        print(f"  {name}: {words}")
-    return 1 if failed else 0
+    In a worker an InputError is returned, not raised, to keep its own message, and the batch moves
+    into shared memory here: in the worker's sending thread an error would be lost.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, pairs):
+        if get_worker_info() is None:
+            return collate([self.dataset[pair] for pair in pairs])
+        try:
+            batch = collate([self.dataset[pair] for pair in pairs])
+            for value in batch.values():
+                for x in filter(torch.is_tensor, as_list(value)):
+                    x.share_memory_()
+            return batch
+        except InputError as error:
+            return error
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return InputError(SHARED_MEMORY_FULL)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Check a data set, or prepare its videos for training.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("check", help="what there is, what is missing, every problem to a file",
-                               description="Counts videos, segments, hours, classes, frames and features of each subset and lists every problem. "
-                                           "Exit status 1 when training could not start.")
-    look.add_argument("--cfg", help="a YAML of configs/, which tells all paths")
-    look.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value", help="change single keys of it")
-    look.add_argument("--annotations", help="ActivityNet JSON")
-    look.add_argument("--frames", help="folder of prepared ZIPs, folders of JPEG frames or video files")
-    look.add_argument("--features", nargs="+", help="folder of .npy or HDF5 files, or one HDF5 file; several: their channels side by side")
-    look.add_argument("--durations", help="JSON {video: seconds}, for videos whose annotation has no duration")
-    look.add_argument("--subsets", nargs="+", help="subsets to look at (default: those of the config, or all that have segments)")
-    look.add_argument("--problems", help="file for the list of problems (default: beside the annotations, NAME.problems.txt)")
-    look.add_argument("--workers", type=int, default=0, help="processes that open the frames (default: 0, this one)")
-    do = commands.add_parser("prepare", help="video files -> one ZIP of JPEG frames a video",
-                             description="Decodes each video once and keeps the frames that full fidelity needs. Needs FFmpeg. Started again, it goes on "
-                                         "where it stopped. Exit status 1 if a video failed.")
-    do.add_argument("--videos", required=True, help="folder of video files, or of folders of JPEG frames")
-    do.add_argument("--annotations", help="ActivityNet JSON: only its videos (default: all videos of the folder)")
-    do.add_argument("--subsets", nargs="+", help="only these subsets of it (default: all)")
-    do.add_argument("--out", required=True, help="folder for VIDEO.zip; config key data.frames")
-    do.add_argument("--snippets", type=int, default=100, help="L; config key data.snippets (default: %(default)s)")
-    do.add_argument("--rate", type=float, help="snippets a second instead, for windows; data.rate")
-    do.add_argument("--frames", type=int, default=8, help="T, frames a snippet; config key data.frames_per_snippet (default: %(default)s)")
-    do.add_argument("--stride", type=int, default=8, help="frames between two of a snippet; config key data.stride (default: %(default)s)")
-    do.add_argument("--short-side", type=int, default=256, help="pixels; smaller videos keep their size (default: %(default)s)")
-    do.add_argument("--copies", type=int, nargs="*", help="short sides of smaller copies of each frame (default: short side / sqrt 2 and / 2, for low spatial "
-                    "fidelity: a ZIP is 1.7 times as large, S and ST samples load 3 to 4 times as fast as full ones; no number: no copies)")
-    do.add_argument("--quality", type=int, default=90, help="of the JPEGs; of the copies 5 less (default: %(default)s)")
-    do.add_argument("--workers", type=int, default=media.cores(), help="processes; 0: this one (default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        if args.workers < 0:
-            raise ValueError(f"--workers {args.workers}: expected 0 or more")
-        if args.command == "check":
-            from check import main_check  # a file that reads this one
-        status = (main_check if args.command == "check" else main_prepare)(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("data.py: interrupted" + ("; the same command goes on from here" if args.command == "prepare" else ""), file=sys.stderr)
-        return 130
+def _start_worker(_):
+    # These reach the whole process group: the main process decides, and ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: worker processes end as well
-    sys.exit(main())
+class BatchLoader(DataLoader):
+    """The batches of a data set, collated, as `batch_sampler` lists them: [(index, Fidelity), ...].
+
+    workers: processes that load them; 0: this one. An InputError in a worker is raised here with
+    its own message, another exception with the worker's traceback. A worker that was killed, or a
+    full /dev/shm, is an InputError too.
+    """
+
+    def __init__(self, dataset, batch_sampler, workers: int, device: torch.device):
+        super().__init__(
+            _Batches(dataset),
+            batch_size=None,
+            sampler=batch_sampler,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    def __iter__(self):
+        batches = super().__iter__()
+        processes = multiprocessing.active_children()
+        if self.num_workers:
+            # torch's handler raises for a killed worker in the middle of a training step. Without
+            # it the worker is missed when its batch is due.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # Registered last, so run first: torch and multiprocessing wait for workers to end.
+            atexit.register(stop_workers)
+        try:
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+        except RuntimeError:
+            signals = [-process.exitcode for process in processes if process.exitcode]
+            if signal.SIGBUS in signals:
+                raise InputError(SHARED_MEMORY_FULL) from None
+            if signals and signals[0] > 0:
+                killed = f"a data loading worker was killed ({signal.Signals(signals[0]).name})"
+                raise InputError(f"{killed}; out of memory? set data.workers lower") from None
+            raise
+
+
+def stop_workers() -> None:
+    """Kill what loader processes are left, for the end of a program: they ignore SIGTERM."""
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Return the batch with its tensors on the device."""
+    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    return batch | tensors
+
+
+def iterate(dataset, fidelity, batch_size, *, rank=0, world_size=1, workers=0, device, title=None):
+    """Yield the batches of a data set in order, on the device; each rank its shard.
+
+    title: of a progress bar, shown by rank 0 in a terminal.
+    """
+    indices = range(rank, len(dataset), world_size)
+    if hasattr(dataset, "shard"):
+        indices = dataset.shard(rank, world_size)
+    pairs = [(i, fidelity) for i in indices]
+    batches = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]
+    loader = BatchLoader(dataset, batches, workers, device)
+    hidden = title is None or rank > 0 or not sys.stderr.isatty()
+    for batch in tqdm(loader, title, unit="batch", leave=False, disable=hidden):
+        yield to_device(batch, device)

@@ -1,140 +1,161 @@
-"""G-TAD head: features (B, C, L) -> start (B, L), end (B, L), map (B, 2, D, L); targets, losses, decoding.
+"""Localize actions with the G-TAD head: features (B, C, L) -> start, end (B, L), map (B, 2, D, L).
 
-Xu et al., G-TAD: Sub-Graph Localization for Temporal Action Detection, CVPR 2020, in the shape of its release. The file
-stands alone. The same function as the release, weight for weight, computed lighter: everything up to the first ReLU of
-the localization module is linear, so its first 1x1 convolution is applied to the L snippets before they are aligned to
-the anchors, and the (9216, D, L) map of sub-graph features is never built.
+Xu et al., G-TAD: Sub-Graph Localization for Temporal Action Detection, CVPR 2020, in the shape of
+its release; targets, losses and decoding too. The file stands alone. The same function as the
+release, weight for weight, computed lighter: everything up to the first ReLU of the localization
+module is linear, so its first 1x1 convolution is applied to the L snippets before they are aligned
+to the anchors, and the (9216, D, L) map of sub-graph features is never built.
 
     head = GTAD(in_channels=512)
-    start, end, map = head(features)                             # any L, the same weights
+    start, end, map = head(features)  # any L, the same weights
     targets = make_targets([torch.tensor([[0.2, 0.5]])], L)
     terms = losses(start, end, map, targets, loss_weights(targets))
     (terms["node"] + 10 * terms["regression"] + terms["classification"]).backward()
     segments, scores, valid = decode(start, end, map)
 
-Legend: B videos, C channels, L snippets, D durations, N segments, K proposals, A anchors. Segments are fractions of the
-video, [0, 1]. Cell (d, s) of a map is the anchor that covers snippets s .. s + d, the segment [s/L, (s + d + 1)/L].
+Legend: B videos, C channels, L snippets, D durations, N segments, K proposals, A anchors. Segments
+are fractions of the video, [0, 1]. Cell (d, s) of a map is the anchor that covers snippets
+s .. s + d, the segment [s/L, (s + d + 1)/L].
 """
+
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+Device = torch.device | str | None
 
-# ---------------------------------------------------------------------------------------------------------------- graph
+# ------------------------------------------------------------------------------------------ graph
+
 
 @torch.no_grad()
-def neighbour_graph(x, k):
-    """The k nearest snippets of every snippet, itself first, by Euclidean distance; ties go to the lower index.
+def neighbour_graph(x: Tensor, k: int) -> Tensor:
+    """Find the k nearest snippets of each snippet by Euclidean distance, itself first.
 
-    x (B, L, C) -> (B, k, L, L) of zeros and ones: [b, j, l, m] = 1 where m is the j-th neighbour of l. As a matrix,
-    because graph @ x is then the gather and its backward a product too: no atomic additions in varying order. k is at
-    most L. Differences are taken before squaring: equal snippets have distance 0, not rounding noise.
+    x (B, L, C) -> (B, k, L, L) of zeros and ones: [b, j, l, m] = 1 where m is the j-th neighbour of
+    l; ties go to the lower index; k is at most L. As a matrix, because graph @ x is then the gather
+    and its backward a product too: no atomic additions in varying order.
     """
     B, L, _ = x.shape
     k = min(k, L)
     x = x.to(_full(x.dtype))
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")                               # (B, L, L)
+    # Differences before squares: equal snippets have distance 0, not rounding noise.
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # (B, L, L)
     distance.diagonal(dim1=1, dim2=2).fill_(-1)
-    nearest = distance.sort(dim=2, stable=True).indices[:, :, :k]                                           # (B, L, k)
+    nearest = distance.sort(dim=2, stable=True).indices[:, :, :k]  # (B, L, k)
     return x.new_zeros(B, k, L, L).scatter_(3, nearest.transpose(1, 2).unsqueeze(3), 1)
 
 
 def _full(dtype):
-    """The dtype for what must not be rounded to half precision: float64 stays, all others become float32."""
+    """Return the dtype for what half precision would spoil: float64 stays, others are float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pointwise(conv, x):
-    """A convolution of kernel 1 on rows (..., C)."""
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a convolution of kernel 1 to rows (..., C)."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class GCNeXt(nn.Module):
-    """Graph block: ReLU(temporal stream + input + semantic stream), (B, L, C) -> (B, L, C); G-TAD, section 3.2.
+    """Graph block: ReLU(temporal stream + input + semantic stream), G-TAD, section 3.2.
 
-    Snippets are rows. The grouped 1x1 of the semantic stream multiplies by its block-diagonal matrix: more arithmetic,
-    and still faster than a grouped convolution of so few channels a group.
+    Snippets are rows. The grouped 1x1 of the semantic stream multiplies by its block-diagonal
+    matrix: more arithmetic, and still faster than a grouped convolution of few channels a group.
     """
 
-    def __init__(self, channels, *, width=128, groups=32, neighbours=3):
+    def __init__(self, channels: int, *, width: int = 128, groups: int = 32, neighbours: int = 3):
         super().__init__()
         self.neighbours = neighbours
         self.tconvs = nn.Sequential(
-            nn.Conv1d(channels, width, 1), nn.ReLU(),
-            nn.Conv1d(width, width, 3, padding=1, groups=groups), nn.ReLU(),
-            nn.Conv1d(width, channels, 1))
+            nn.Conv1d(channels, width, 1),
+            nn.ReLU(),
+            nn.Conv1d(width, width, 3, padding=1, groups=groups),
+            nn.ReLU(),
+            nn.Conv1d(width, channels, 1),
+        )
         self.sconvs = nn.Sequential(
-            nn.Conv2d(2 * channels, width, 1), nn.ReLU(),
-            nn.Conv2d(width, width, 1, groups=groups), nn.ReLU(),
-            nn.Conv2d(width, channels, 1))
+            nn.Conv2d(2 * channels, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1, groups=groups),
+            nn.ReLU(),
+            nn.Conv2d(width, channels, 1),
+        )
         diagonal = torch.block_diag(*torch.ones(groups, width // groups, width // groups))
-        self.register_buffer("diagonal", diagonal, persistent=False)                                    # (width, width)
+        self.register_buffer("diagonal", diagonal, persistent=False)  # (width, width)
 
-    def forward(self, x, graph=None):
-        """x (B, L, C); graph: neighbour_graph(x, k) where the caller has it already."""
+    def forward(self, x: Tensor, graph: Tensor | None = None) -> Tensor:
+        """Map (B, L, C) to (B, L, C). graph: neighbour_graph(x, k), if the caller has it."""
         if graph is None:
             graph = neighbour_graph(x, self.neighbours)
         first, _, middle, _, last = self.tconvs
         temporal = middle(pointwise(first, x).relu().transpose(1, 2)).relu().transpose(1, 2)
-        temporal = pointwise(last, temporal)                                                               # (B, L, C)
+        temporal = pointwise(last, temporal)  # (B, L, C)
 
-        # An edge is (neighbour, self), and the first 1x1 is linear in it: convolve the snippets, then gather.
+        # An edge is (neighbour, self), and the first 1x1 is linear in it: convolve the snippets,
+        # then gather.
         first, _, middle, _, last = self.sconvs
-        of_neighbour, of_self = first.weight.flatten(1).chunk(2, dim=1)                                     # (width, C)
+        of_neighbour, of_self = first.weight.flatten(1).chunk(2, dim=1)  # (width, C)
         nodes = F.linear(x, of_neighbour)
-        nodes = (graph.flatten(1, 2).to(nodes.dtype) @ nodes).unflatten(1, graph.shape[1:3])     # (B, k, L, width)
+        nodes = graph.flatten(1, 2).to(nodes.dtype) @ nodes
+        nodes = nodes.unflatten(1, graph.shape[1:3])  # (B, k, L, width)
         edges = (nodes + F.linear(x, of_self, first.bias).unsqueeze(1)).relu()
         grouped = middle.weight.flatten(1).repeat(1, middle.groups) * self.diagonal
-        semantic = pointwise(last, F.linear(edges, grouped, middle.bias).relu()).amax(dim=1)               # (B, L, C)
-        return (temporal + x + semantic).relu()
+        semantic = pointwise(last, F.linear(edges, grouped, middle.bias).relu())
+        return (temporal + x + semantic.amax(dim=1)).relu()
 
 
-# -------------------------------------------------------------------------------------------------------------- SGAlign
+# ---------------------------------------------------------------------------------------- SGAlign
 
-def anchor_grid(L, D, device=None):
-    """Start and duration index of every cell of a (D, L) map and whether its anchor lies in the video: three (D, L)."""
+
+def anchor_grid(L: int, D: int, device: Device = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return start and duration index of each cell and whether it is in the video: (D, L) each."""
     s = torch.arange(L, device=device).expand(D, L)
     d = torch.arange(D, device=device).unsqueeze(1).expand(D, L)
     return s, d, s + d < L
 
 
-def sgalign(s, d, L, bins):
-    """SGAlign's interpolation weights (G-TAD, section 3.3): anchor, bin, snippet and value of every non-zero weight.
+def sgalign(s: Tensor, d: Tensor, L: int, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return SGAlign's interpolation weights (section 3.3): anchor, bin, snippet, value of each.
 
-    Anchor (s, d) covers n = d + 1 snippets; its region is [s - n/2, s + d + n/2] in snippet indices. Each of its bins
-    is the average of g = ceil(region / bins) equally spaced points, at (i + 0.5)/g of the bin, linearly interpolated; a
-    point below -1 or above L counts as zero, others are clamped to [0, L - 1]. Anchors with s + d >= L have the region
-    [0, 1].
+    Anchor (s, d) covers n = d + 1 snippets; its region is [s - n/2, s + d + n/2] in snippet
+    indices. Each of its bins is the average of g = ceil(region / bins) equally spaced points, at
+    (i + 0.5)/g of the bin, linearly interpolated; a point below -1 or above L counts as zero,
+    others are clamped to [0, L - 1]. Anchors with s + d >= L have the region [0, 1].
 
-    s, d: (A,) integers on the CPU. Returns four (nnz,) tensors, values in float64, sorted by anchor, bin, snippet.
-    Points are fractions of integers, so that no rounding decides on which side of a snippet they fall.
+    s, d: (A,) integers on the CPU. Returns four tensors of the non-zero weights, (nnz,), values in
+    float64, sorted by anchor, bin, snippet. Points are fractions of integers, so that no rounding
+    decides on which side of a snippet they fall.
     """
-    s, d = s.int(), d.int()                                     # half the traffic of int64, and ample
+    # int32 has half the traffic of int64, and is ample.
+    s = s.int()
+    d = d.int()
     inside = s + d < L
     region = torch.where(inside, 2 * d + 1, 1)
     twice_start = torch.where(inside, 2 * s - d - 1, 0)
-    g = (region + bins - 1) // bins                                                                          # (A,)
+    g = (region + bins - 1) // bins  # (A,)
 
-    # Points, one after the other, group by group; a group is a bin of an anchor.
-    of_group = g.repeat_interleave(bins)                                                                   # (A * bins,)
+    # Points (P,), one after the other, group by group; a group is a bin of an anchor.
+    of_group = g.repeat_interleave(bins)  # (A * bins,), the number of points of each
     ends = of_group.cumsum(0, dtype=torch.int32)
-    group = torch.arange(len(of_group), dtype=torch.int32).repeat_interleave(of_group)                       # (P,)
-    rank = torch.arange(len(group), dtype=torch.int32) - (ends - of_group)[group]      # of the point in its group
-    anchor, b = group // bins, group % bins
+    group = torch.arange(len(of_group), dtype=torch.int32).repeat_interleave(of_group)  # (P,)
+    rank = torch.arange(len(group), dtype=torch.int32) - (ends - of_group)[group]  # in its group
+    anchor = group // bins
+    b = group % bins
     g = g[anchor]
-    unit = 2 * bins * g
-    point = twice_start[anchor] * (bins * g) + (2 * (b * g + rank) + 1) * region[anchor]                    # / unit
+    unit = 2 * bins * g  # the denominator of `point`
+    point = twice_start[anchor] * (bins * g) + (2 * (b * g + rank) + 1) * region[anchor]
     value = ((point >= -unit) & (point <= L * unit)) / g.double()
     point = point.clamp_min_(0).minimum((L - 1) * unit)
     snippet = point // unit
     upper = (point - snippet * unit) / unit.double() * value
 
-    # Points of a group are at most one snippet apart: they touch g + 1 snippets in a row, which are its slots.
+    # Points of a group are at most one snippet apart: they touch g + 1 snippets, its slots.
     begins = ends - of_group + torch.arange(len(of_group), dtype=torch.int32)
-    shift = begins - snippet[ends - of_group]                                             # from snippet to slot
+    shift = begins - snippet[ends - of_group]  # from snippet to slot
     slot = snippet + shift[group]
     values = torch.zeros(len(group) + len(of_group), dtype=torch.float64)
     values.index_add_(0, slot, value - upper).index_add_(0, slot + 1, upper)
@@ -144,137 +165,164 @@ def sgalign(s, d, L, bins):
 
 
 class Alignment(NamedTuple):
-    """A fixed linear map from the snippets' bins (columns, snippet * bins + bin) to anchors (rows), sparse or dense."""
-    cells: torch.Tensor         # (A,) places in the flattened map of all rows but the last, which fills the other cells
-    by_row: tuple | None        # sparse: (columns (nnz,) int32, where each row begins (A + 1,) int32, values (nnz,))
-    by_column: tuple | None     # its transpose
-    dense: torch.Tensor | None  # (A + 1, columns)
+    """Hold a fixed linear map from bins of snippets (columns) to anchors (rows), sparse or dense.
+
+    Column snippet * bins + bin. The last row fills all cells of the map that no other row does.
+    """
+
+    cells: Tensor  # (A,) places in the flattened map of all rows but the last
+    by_row: tuple | None  # columns (nnz,), where each row begins (A + 1,), values (nnz,)
+    by_column: tuple | None  # its transpose
+    dense: Tensor | None  # (A + 1, columns)
 
 
-def build_alignment(row, column, value, shape, cells, device, dtype):
-    """Alignment of a `shape` matrix from (nnz,) coordinates and values; sparse ones hold at least float32."""
-    # Dense or sparse: on CPU by measurement, equal at 20 to 25 snippets, at 100 sparse is five times faster. Elsewhere
-    # by arithmetic, not measured: dense products are so fast there that the zeros pay as long as the matrix is small.
-    if shape[0] * shape[1] <= (2 ** 16 if device.type == "cpu" else 2 ** 26):
-        dense = torch.zeros(shape, dtype=value.dtype).index_put_((row, column), value, accumulate=True)
+def build_alignment(
+    entries: Sequence[Tensor], shape: tuple, cells: Tensor, device: torch.device, dtype: torch.dtype
+) -> Alignment:
+    """Build the Alignment of a `shape` matrix from its row, column and value entries, (nnz,) each.
+
+    Dense or sparse: on a CPU by measurement, equal at 20 to 25 snippets, at 100 sparse is five
+    times faster. Elsewhere by arithmetic, not measured: dense products are so fast there that the
+    zeros pay as long as the matrix is small. A sparse one holds at least float32.
+    """
+    row, column, value = entries
+    if shape[0] * shape[1] <= (2**16 if device.type == "cpu" else 2**26):
+        dense = torch.zeros(shape, dtype=value.dtype)
+        dense.index_put_((row, column), value, accumulate=True)
         return Alignment(cells.to(device), None, None, dense.to(device, dtype))
 
-    def compress(row, column, rows):
+    def compress(row, column, num_rows):
         order = row.int().argsort(stable=True)
-        count = torch.bincount(row, minlength=rows)
-        parts = column[order].int(), (count.cumsum(0) - count).int(), value[order].to(_full(dtype))
+        count = torch.bincount(row, minlength=num_rows)
+        offsets = (count.cumsum(0) - count).int()
+        parts = (column[order].int(), offsets, value[order].to(_full(dtype)))
         return tuple(part.to(device) for part in parts)
 
-    return Alignment(cells.to(device), compress(row, column, shape[0]), compress(column, row, shape[1]), None)
+    by_row = compress(row, column, shape[0])
+    return Alignment(cells.to(device), by_row, compress(column, row, shape[1]), None)
 
 
 @functools.lru_cache(maxsize=32)
-def sgalignment(L, D, bins, device, dtype):
-    """Alignment of the valid anchors of a (D, L) map, and of one for the others, which share one region.
+def sgalignment(
+    L: int, D: int, bins: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> Alignment:
+    """Return the Alignment of the valid anchors of a (D, L) map, and one row for all others.
 
     bins: of the two alignments, side by side in the columns: snippet * sum(bins) + bin.
     """
-    with torch.inference_mode(False), torch.no_grad():          # kept for later calls, which may need gradients
+    # Out of inference mode, as it is kept for later calls, which may need gradients.
+    with torch.inference_mode(False), torch.no_grad():
         s, d, valid = anchor_grid(L, D, "cpu")
         cells = valid.flatten().nonzero().squeeze(1)
-        s, d = torch.cat([s[valid], torch.tensor([L])]), torch.cat([d[valid], torch.tensor([0])])
+        s = torch.cat([s[valid], torch.tensor([L])])
+        d = torch.cat([d[valid], torch.tensor([0])])
         parts = []
-        for count, first in zip(bins, (0, bins[0])):
+        for count, first in zip(bins, (0, bins[0]), strict=True):
             anchor, b, snippet, value = sgalign(s, d, L, count)
             parts.append((anchor, snippet * sum(bins) + first + b, value))
-        row, column, value = (torch.cat(part) for part in zip(*parts))
-        return build_alignment(row, column, value, (len(s), L * sum(bins)), cells, device, dtype)
+        entries = [torch.cat(part) for part in zip(*parts, strict=True)]
+        return build_alignment(entries, (len(s), L * sum(bins)), cells, device, dtype)
 
 
 class _SparseLayer(torch.autograd.Function):
-    """ReLU(alignment @ y + bias), video by video in blocks of 128 channels.
+    """Compute ReLU(alignment @ y + bias), video by video in blocks of 128 channels.
 
-    What a block needs stays in the cache that way: 2.5 times faster than 512 channels at once. The ReLU is inside
-    because its gradient would be the largest tensor of the head once more.
+    What a block needs stays in the cache that way: 2.5 times faster than 512 channels at once. The
+    ReLU is inside because its gradient would be the largest tensor of the head once more.
     """
-
-    @staticmethod
-    def _blocks(*tensors):
-        """Views (..., 128) of (B, ..., H) and (H,) tensors, in step."""
-        for video in range(len(tensors[0])):
-            yield from zip(*((t if t.dim() == 1 else t[video]).split(128, dim=-1) for t in tensors))
-
-    @staticmethod
-    def _product(matrix, block):
-        columns, offsets, values = matrix
-        return torch.embedding_bag(block.contiguous(), columns, offsets, mode=0, per_sample_weights=values)[0]   # sums
 
     @staticmethod
     def forward(ctx, y, bias, alignment):
         z = y.new_empty(len(y), len(alignment.cells) + 1, y.shape[2])
-        for y_block, z_block, bias_block in _SparseLayer._blocks(y, z, bias):
-            z_block.copy_(_SparseLayer._product(alignment.by_row, y_block).add_(bias_block).relu_())
+        for b, block in _blocks(y):
+            product = _sparse_product(alignment.by_row, y[b, :, block])
+            z[b, :, block] = product.add_(bias[block]).relu_()
         ctx.save_for_backward(z)
-        ctx.matrix, ctx.shape = alignment.by_column, y.shape
+        ctx.matrix = alignment.by_column
+        ctx.shape = y.shape
         return z
 
     @staticmethod
     def backward(ctx, grad):
-        z, = ctx.saved_tensors
-        grad_y, grad_bias = grad.new_empty(ctx.shape), grad.new_zeros(grad.shape[2])
-        for grad_block, z_block, y_block, bias_block in _SparseLayer._blocks(grad, z, grad_y, grad_bias):
-            grad_block = grad_block * (z_block > 0)
-            bias_block += grad_block.sum(dim=0)
-            y_block.copy_(_SparseLayer._product(ctx.matrix, grad_block))
+        (z,) = ctx.saved_tensors
+        grad_y = grad.new_empty(ctx.shape)
+        grad_bias = grad.new_zeros(grad.shape[2])
+        for b, block in _blocks(grad):
+            part = grad[b, :, block] * (z[b, :, block] > 0)
+            grad_bias[block] += part.sum(dim=0)
+            grad_y[b, :, block] = _sparse_product(ctx.matrix, part)
         return grad_y, grad_bias, None
 
 
-class _Transpose(torch.autograd.Function):
-    """A matrix transposed in memory, and its gradient too: seven times faster than a gradient handed on as a view."""
-    @staticmethod
-    def forward(ctx, x):
-        return x.t().contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.t().contiguous()
+def _blocks(x):
+    channels = [slice(first, first + 128) for first in range(0, x.shape[2], 128)]
+    return itertools.product(range(len(x)), channels)
 
 
-def convolve_bins(weight, features, bins):
-    """A 1x1 convolution of sub-graph features before they are aligned: every snippet, once per bin.
+def _sparse_product(matrix, x):
+    columns, offsets, values = matrix
+    options = {"mode": 0, "per_sample_weights": values}  # 0: sums
+    return torch.embedding_bag(x.contiguous(), columns, offsets, **options)[0]
 
-    weight (H, C * sum(bins)), column channel * sum(bins) + bin; features: a (B, L, C) for each entry of bins.
-    Returns (B, L * sum(bins), H).
+
+def convolve_bins(weight: Tensor, features: Sequence[Tensor], bins: Sequence[int]) -> Tensor:
+    """Apply a 1x1 convolution of sub-graph features before they are aligned: each snippet, by bin.
+
+    weight (H, C * sum(bins)), column channel * sum(bins) + bin; features: a (B, L, C) for each
+    entry of bins. Returns (B, L * sum(bins), H).
     """
-    H, C = len(weight), features[0].shape[2]
-    parts = _Transpose.apply(weight).view(C, -1, H).split(bins, dim=1)                           # (C, bins, H) each
-    y = [(x @ part.flatten(1)).unflatten(2, (-1, H)) for x, part in zip(features, parts)]
-    return torch.cat(y, dim=2).flatten(1, 2)
+    H = len(weight)
+    C = features[0].shape[2]
+    parts = weight.t().contiguous().view(C, -1, H).split(bins, dim=1)  # (C, bins, H) each
+    y = [x @ part.flatten(1) for x, part in zip(features, parts, strict=True)]
+    return torch.cat([part.unflatten(2, (-1, H)) for part in y], dim=2).flatten(1, 2)
 
 
-def align(y, bias, alignment):
-    """ReLU(alignment @ y + bias): (B, columns, H), (H,) -> (B, A + 1, H)"""
+def align(y: Tensor, bias: Tensor, alignment: Alignment) -> Tensor:
+    """Return ReLU(alignment @ y + bias): (B, columns, H), (H,) -> (B, A + 1, H)."""
     if alignment.dense is not None:
         return (alignment.dense @ y).add_(bias).relu_()
     dtype = _full(y.dtype)
     return _SparseLayer.apply(y.to(dtype), bias.to(dtype), alignment).to(y.dtype)
 
 
-def fill(z, alignment, cells):
-    """(B, A + 1, H) -> (B, cells, H): every cell of the flattened map its row, the others the last row."""
+def fill(z: Tensor, alignment: Alignment, cells: int) -> Tensor:
+    """Give each cell of the flattened map its row, or the last: (B, A + 1, H) -> (B, cells, H)."""
     return z[:, -1:].expand(-1, cells, -1).index_copy(1, alignment.cells, z[:, :-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------- head
+# ------------------------------------------------------------------------------------------- head
+
 
 class GTAD(nn.Module):
     """The G-TAD head. Parameter names and shapes are those of the release.
 
-    in_channels: C of the features. hidden: channels of the graph blocks, gcn_width their inner width. inner_bins,
-    context_bins: of the alignments of a snippet sequence and of its neighbour means. map_hidden: the two widths of the
-    localization module, kernel: of its two last-but-one convolutions. durations: D, None for D = L of the input at
-    hand. The defaults are the ActivityNet release; THUMOS is inner_bins=16, context_bins=16, kernel=3, durations=64.
+    in_channels: C. hidden: channels of the graph blocks, gcn_width their inner width. inner_bins,
+    context_bins: of the alignments of the snippets and of their neighbour means. map_hidden: the
+    two widths of the localization module, kernel: of its third and fourth convolution. durations:
+    D, None for D = L of the input at hand. The defaults are the ActivityNet release; THUMOS is
+    inner_bins=16, context_bins=16, kernel=3, durations=64.
     """
 
-    def __init__(self, *, in_channels, hidden=256, gcn_width=128, gcn_groups=32, stem_groups=4, neighbours=3,
-                 inner_bins=32, context_bins=4, map_hidden=(512, 128), kernel=1, durations=None):
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        hidden: int = 256,
+        gcn_width: int = 128,
+        gcn_groups: int = 32,
+        stem_groups: int = 4,
+        neighbours: int = 3,
+        inner_bins: int = 32,
+        context_bins: int = 4,
+        map_hidden: Sequence[int] = (512, 128),
+        kernel: int = 1,
+        durations: int | None = None,
+    ):
         super().__init__()
-        self.neighbours, self.bins, self.durations = neighbours, (inner_bins, context_bins), durations
+        self.neighbours = neighbours
+        self.bins = (inner_bins, context_bins)
+        self.durations = durations
         wide, narrow = map_hidden
 
         def block():
@@ -286,230 +334,290 @@ class GTAD(nn.Module):
         self.regu_s = nn.Sequential(block(), nn.Conv1d(hidden, 1, 1), nn.Sigmoid())
         self.regu_e = nn.Sequential(block(), nn.Conv1d(hidden, 1, 1), nn.Sigmoid())
         self.localization = nn.Sequential(
-            nn.Conv2d(hidden * sum(self.bins), wide, 1), nn.ReLU(),
-            nn.Conv2d(wide, narrow, 1), nn.ReLU(),
-            nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2), nn.ReLU(),
-            nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2), nn.ReLU(),
-            nn.Conv2d(narrow, 2, 1), nn.Sigmoid())
+            nn.Conv2d(hidden * sum(self.bins), wide, 1),
+            nn.ReLU(),
+            nn.Conv2d(wide, narrow, 1),
+            nn.ReLU(),
+            nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2),
+            nn.ReLU(),
+            nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2),
+            nn.ReLU(),
+            nn.Conv2d(narrow, 2, 1),
+            nn.Sigmoid(),
+        )
 
-    def forward(self, x):
-        """x (B, C, L), any L -> start (B, L), end (B, L), map (B, 2, D, L), in [0, 1] and at least float32."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, C, L), any L, to start (B, L), end (B, L) and map (B, 2, D, L).
+
+        They lie in [0, 1] and are at least float32.
+        """
         C = self.backbone1[0].in_channels
         if x.dim() != 3 or x.shape[1] != C:
-            raise ValueError(f"GTAD got features of shape {tuple(x.shape)}, expected (B, {C}, L), "
-                             "channels before snippets")
+            raise ValueError(f"GTAD got features {tuple(x.shape)}, expected (B, {C}, L)")
         stem, _, block = self.backbone1
-        base = block(stem(x).relu().transpose(1, 2).contiguous())                                       # (B, L, hidden)
-        graph = neighbour_graph(base, self.neighbours)          # of one input: three blocks share it
-        start, end = (confidence(branch[1], branch[0](base, graph)).squeeze(2) for branch in (self.regu_s, self.regu_e))
+        base = block(stem(x).relu().transpose(1, 2).contiguous())  # (B, L, hidden)
+        graph = neighbour_graph(base, self.neighbours)  # of one input: three blocks share it
+        start = confidence(self.regu_s[1], self.regu_s[0](base, graph)).squeeze(2)
+        end = confidence(self.regu_e[1], self.regu_e[0](base, graph)).squeeze(2)
         return start, end, self._map(self.backbone2[0](base, graph))
 
     def _map(self, x):
-        """x (B, L, hidden) -> map (B, 2, D, L)"""
-        B, L, C = x.shape
+        """Map (B, L, hidden) to (B, 2, D, L)."""
+        L = x.shape[1]
         D = self.durations or L
         graph = neighbour_graph(x, self.neighbours)
         context = graph.mean(dim=1).to(x.dtype) @ x
         first, _, second, _, third, _, fourth, _, last, _ = self.localization
-        y = convolve_bins(first.weight.flatten(1), (x, context), self.bins)                        # (B, L * bins, wide)
+        y = convolve_bins(first.weight.flatten(1), (x, context), self.bins)  # (B, L * bins, wide)
         alignment = sgalignment(L, D, self.bins, y.device, y.dtype)
-        z = align(y, first.bias, alignment)                                                           # (B, A + 1, wide)
+        z = align(y, first.bias, alignment)  # (B, A + 1, wide)
         z = pointwise(second, z).relu_()
         if third.kernel_size[0] == 1:
             z = pointwise(fourth, pointwise(third, z).relu_()).relu_()
             z = fill(confidence(last, z), alignment, D * L)
         else:
-            z = fill(z, alignment, D * L).unflatten(1, (D, L)).permute(0, 3, 1, 2)                       # channels last
-            z = confidence(last, fourth(third(z).relu_()).relu_().permute(0, 2, 3, 1).flatten(1, 2))
+            z = fill(z, alignment, D * L).unflatten(1, (D, L)).permute(0, 3, 1, 2)  # channels last
+            z = fourth(third(z).relu_()).relu_()
+            z = confidence(last, z.permute(0, 2, 3, 1).flatten(1, 2))
         return z.transpose(1, 2).unflatten(2, (D, L)).contiguous()
 
 
-def confidence(conv, x):
-    """Sigmoid of a last 1x1 on rows, both in full precision: logits rounded to bfloat16 would tie many proposals."""
+def confidence(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return the sigmoid of a last 1x1 on rows: not in bfloat16, which would tie many proposals."""
     dtype = _full(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return torch.sigmoid(F.linear(x.to(dtype), conv.weight.flatten(1).to(dtype), conv.bias.to(dtype)))
+        weight = conv.weight.flatten(1).to(dtype)
+        return torch.sigmoid(F.linear(x.to(dtype), weight, conv.bias.to(dtype)))
 
 
-def official_state(state_dict, expected):
-    """A release's state dict without a leading `module.`, its keys checked against the expected ones."""
+def official_state(state_dict: dict, expected: dict) -> dict:
+    """Return a release's state dict without a leading `module.`; ValueError for other keys."""
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
     if missing or unexpected:
-        raise ValueError(f"state dict does not fit the release's head: missing keys {missing}, unexpected keys "
-                         f"{unexpected}; of a whole checkpoint, pass the part called state_dict")
+        raise ValueError(
+            f"not the release's head: missing keys {missing}, unexpected keys {unexpected};\n"
+            "of a whole checkpoint, pass the part called state_dict"
+        )
     return state
 
 
-def load_official(state_dict, *, inner_bins=32, durations=None, stem_groups=4, neighbours=3):
-    """A GTAD with the weights of an official checkpoint's state dict; sizes are read off the tensors.
+def load_official(state_dict: dict, *, inner_bins: int = 32, **options) -> GTAD:
+    """Make a GTAD with the weights of an official checkpoint's state dict.
 
-    What their shapes cannot tell is given: inner_bins (the others are context bins), durations (None: D = L), groups of
-    the first convolution and neighbours; by default those of the ActivityNet release. ValueError lists keys that do not
-    fit.
+    Sizes are read off the tensors. What their shapes cannot tell is given, by default that of the
+    ActivityNet release: inner_bins (the others are context bins), and the options durations,
+    stem_groups and neighbours of GTAD. ValueError lists keys that do not fit.
     """
-    small = GTAD(in_channels=4, hidden=4, gcn_width=4, gcn_groups=4, inner_bins=1, context_bins=1, map_hidden=(1, 1))
+    small = GTAD(in_channels=4, hidden=4, gcn_width=4, gcn_groups=4, map_hidden=(1, 1))
     state = official_state(state_dict, small.state_dict())
-    stem, graph = state["backbone1.0.weight"], state["backbone1.2.tconvs.2.weight"]
-    hidden, (wide, columns) = len(stem), state["localization.0.weight"].shape[:2]
+    stem = state["backbone1.0.weight"]
+    graph = state["backbone1.2.tconvs.2.weight"]
+    hidden = len(stem)
+    wide, columns = state["localization.0.weight"].shape[:2]
     context_bins = columns // hidden - inner_bins
     if columns % hidden or context_bins < 1:
-        raise ValueError(f"localization.0.weight has {columns} input channels, expected {hidden} times more than "
-                         f"inner_bins={inner_bins}: pass the release's inner_bins")
-    head = GTAD(in_channels=stem.shape[1] * stem_groups, hidden=hidden, gcn_width=len(graph),
-                gcn_groups=len(graph) // graph.shape[1], stem_groups=stem_groups, neighbours=neighbours,
-                inner_bins=inner_bins, context_bins=context_bins, durations=durations,
-                map_hidden=(wide, len(state["localization.2.weight"])),
-                kernel=state["localization.4.weight"].shape[-1])
+        raise ValueError(
+            f"localization.0.weight has {columns} input channels, expected {hidden} times more "
+            f"than inner_bins={inner_bins}: pass the release's inner_bins"
+        )
+    head = GTAD(
+        in_channels=stem.shape[1] * options.get("stem_groups", 4),
+        hidden=hidden,
+        gcn_width=len(graph),
+        gcn_groups=len(graph) // graph.shape[1],
+        inner_bins=inner_bins,
+        context_bins=context_bins,
+        map_hidden=(wide, len(state["localization.2.weight"])),
+        kernel=state["localization.4.weight"].shape[-1],
+        **options,
+    )
     head.load_state_dict(state)
     return head
 
 
-# -------------------------------------------------------------------------------------------------------------- targets
+# ----------------------------------------------------------------------------- targets and losses
+
 
 class Targets(NamedTuple):
-    start: torch.Tensor         # (B, L) overlap of a snippet with the starts, in [0, 1]
-    end: torch.Tensor           # (B, L)
-    iou: torch.Tensor           # (B, D, L) best tIoU of a cell's segment with any annotated one; 0 where not valid
-    valid: torch.Tensor         # (D, L) bool: the cell's segment ends inside the video
+    """Hold what the outputs should be."""
+
+    start: Tensor  # (B, L) overlap of a snippet with the starts, in [0, 1]
+    end: Tensor  # (B, L)
+    iou: Tensor  # (B, D, L) best tIoU of a cell with any annotated segment; 0 where not valid
+    valid: Tensor  # (D, L) bool: the cell's segment ends inside the video
 
 
-def make_targets(segments, L, D=None, device=None):
-    """Annotated segments -> Targets on L snippets and D durations (default L).
+def make_targets(
+    segments: Sequence[Tensor], L: int, D: int | None = None, device: Device = None
+) -> Targets:
+    """Turn annotated segments into Targets on L snippets and D durations (default L).
 
-    segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside [0, 1] are clipped; N_i
-    may be 0. Float32, or float64 where the segments are.
+    segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside
+    [0, 1] are clipped; N_i may be 0. Float32, or float64 where the segments are.
     """
     D = L if D is None else D
     for segment in segments:
-        if segment.dim() != 2 or segment.shape[1] != 2 or not (segment[:, 0] <= segment[:, 1]).all():
-            raise ValueError(f"make_targets got segments {segment.tolist()}, expected (N, 2) with start <= end")
+        if segment.shape[1:] != (2,) or not (segment[:, 0] <= segment[:, 1]).all():
+            raise ValueError(f"segments {segment.tolist()}: expected (N, 2) with start <= end")
     # Padding far outside the video overlaps nothing.
-    padded = nn.utils.rnn.pad_sequence([segment.clamp(0, 1) for segment in segments], True, padding_value=-10.0)
+    clipped = [segment.clamp(0, 1) for segment in segments]
+    padded = nn.utils.rnn.pad_sequence(clipped, True, padding_value=-10.0)
     padded = padded.to(device, _full(padded.dtype))
-    begin, finish = padded.unbind(2)                                                                        # (B, N)
+    begin, finish = padded.unbind(2)  # (B, N)
     s, d, valid = anchor_grid(L, D, padded.device)
-    low, high = s.to(padded.dtype) / L, (s + d + 1).to(padded.dtype) / L
+    low = s.to(padded.dtype) / L
+    high = (s + d + 1).to(padded.dtype) / L
     iou = padded.new_zeros(len(padded), D, L)
-    for b, f in zip(begin.t()[..., None, None], finish.t()[..., None, None]):   # (B, 1, 1); N is small, D * L is not
+    for n in range(padded.shape[1]):  # N is small, D * L is not
+        b = begin[:, n, None, None]
+        f = finish[:, n, None, None]
         overlap = (torch.minimum(high, f) - torch.maximum(low, b)).clamp_min(0)
         iou = torch.maximum(iou, overlap / ((high - low) + (f - b) - overlap))
-
-    i = torch.arange(L, device=padded.device)
-
-    def near(boundary):
-        """Share of each snippet's bin [(i - 0.5)/L, (i + 1.5)/L] within 1.5 snippets of the best boundary, (B, L)."""
-        position = boundary.unsqueeze(2) * L                                                                # (B, N, 1)
-        overlap = torch.minimum(position + 1.5, i + 1.5) - torch.maximum(position - 1.5, i - 0.5)
-        return (overlap.clamp_min(0) / 2).amax(dim=1) if boundary.shape[1] else iou.new_zeros(len(iou), L)
-
-    return Targets(near(begin), near(finish), iou * valid, valid)
+    start = _boundary_overlap(begin, L)
+    return Targets(start, _boundary_overlap(finish, L), iou * valid, valid)
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+def _boundary_overlap(boundary, L):
+    """Return the share of each snippet's bin within 1.5 snippets of the best boundary, (B, L).
+
+    boundary: (B, N). The bin of snippet i is [(i - 0.5)/L, (i + 1.5)/L].
+    """
+    if not boundary.shape[1]:
+        return boundary.new_zeros(len(boundary), L)
+    i = torch.arange(L, device=boundary.device)
+    position = boundary.unsqueeze(2) * L  # (B, N, 1)
+    overlap = torch.minimum(position + 1.5, i + 1.5) - torch.maximum(position - 1.5, i - 0.5)
+    return (overlap.clamp_min(0) / 2).amax(dim=1)
+
 
 class Weights(NamedTuple):
-    """Weight of every cell's error; a loss is the sum of weight * error. See `loss_weights`."""
-    start: torch.Tensor         # (B, L)
-    end: torch.Tensor           # (B, L)
-    regression: torch.Tensor    # (B, D, L)
-    classification: torch.Tensor  # (B, D, L)
+    """Hold the weight of each cell's error; a loss is the sum of weight * error."""
+
+    start: Tensor  # (B, L)
+    end: Tensor  # (B, L)
+    regression: Tensor  # (B, D, L)
+    classification: Tensor  # (B, D, L)
 
 
-def loss_weights(targets, *, generator=None, shard=(0, 1), reduce=None):
-    """Class balance, random subset and normalisation of the three losses; they depend on the targets alone.
+def loss_weights(
+    targets: Targets,
+    *,
+    generator: torch.Generator | None = None,
+    shard: tuple[int, int] = (0, 1),
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Weights:
+    """Return class balance, random subset and normalisation of the losses; targets decide alone.
 
-    Start, end (positive above 0.5) and classification (above 0.9, valid cells): N / (2 N_pos) for positives and
-    N / (2 N_neg) for negatives, divided by N. A class without cells has no weight, the other keeps its half.
-    Regression: all cells above 0.7 and, as many of each to be expected, a random subset of those in (0.3, 0.7] and in
-    (0, 0.3]; 0.5 / number kept. Without a cell above 0.7 nothing is kept and the term is 0.
+    Start, end (positive above 0.5) and classification (above 0.9, valid cells): N / (2 N_pos) for
+    positives and N / (2 N_neg) for negatives, divided by N. A class without cells has no weight,
+    the other keeps its half. Regression: all cells above 0.7 and, as many of each to be expected,
+    a random subset of those in (0.3, 0.7] and in (0, 0.3]; 0.5 / number kept. Without a cell above
+    0.7 nothing is kept and the term is 0.
 
-    Several ranks, each with B videos: `shard` = (rank, ranks) with generators of equal state draws for the ranks * B
-    videos of the global batch and keeps this rank's rows; `reduce` averages a small tensor over the ranks (a sum by
-    all_reduce, divided by the ranks). Gradients averaged over ranks are then those of the global batch on one rank.
+    Several ranks, each with B videos: `shard` = (rank, ranks) with generators of equal state draws
+    for the ranks * B videos of the global batch and keeps this rank's rows; `reduce` averages a
+    small tensor over the ranks (a sum by all_reduce, divided by the ranks). Gradients averaged
+    over ranks are then those of the global batch on one rank.
     """
     rank, ranks = shard
     if not 0 <= rank < ranks:
-        raise ValueError(f"loss_weights got shard {shard}, expected (rank, ranks) with 0 <= rank < ranks")
+        raise ValueError(f"got shard {shard}, expected (rank, ranks) with 0 <= rank < ranks")
     reduce = reduce or (lambda counts: counts)
-    iou, valid = targets.iou, targets.valid
+    iou = targets.iou
     sides = [(target > 0.5, target <= 0.5) for target in (targets.start, targets.end)]
-    sides.append(((iou > 0.9) & valid, (iou <= 0.9) & valid))
-    bands = iou > 0.7, (iou > 0.3) & (iou <= 0.7), (iou > 0) & (iou <= 0.3)
-    masks = [mask for side in sides for mask in side] + list(bands)
-    counts = reduce(torch.stack([mask.sum() for mask in masks]).to(iou.dtype))                              # (9,)
+    sides.append(((iou > 0.9) & targets.valid, (iou <= 0.9) & targets.valid))
+    bands = [iou > 0.7, (iou > 0.3) & (iou <= 0.7), (iou > 0) & (iou <= 0.3)]
+    masks = [mask for side in sides for mask in side] + bands
+    counts = reduce(torch.stack([mask.sum() for mask in masks]).to(iou.dtype))  # (9,)
 
-    def share(mask, count):
+    def half(mask, count):
         return mask * (0.5 / count).where(count > 0, 0)
 
-    balanced = [share(positive, counts[2 * i]) + share(negative, counts[2 * i + 1])
-                for i, (positive, negative) in enumerate(sides)]
+    start, end, classification = (
+        half(positive, counts[2 * i]) + half(negative, counts[2 * i + 1])
+        for i, (positive, negative) in enumerate(sides)
+    )
 
     B = len(iou)
-    draw = torch.rand(ranks * B, *iou.shape[1:], generator=generator,
-                      device=iou.device if generator is None else generator.device)
-    draw = draw[rank * B:(rank + 1) * B].to(iou.device)
+    device = iou.device if generator is None else generator.device
+    draw = torch.rand(ranks * B, *iou.shape[1:], generator=generator, device=device)
+    draw = draw[rank * B : (rank + 1) * B].to(iou.device)
     high, middle, low = counts[6:]
     kept = bands[0] | bands[1] & (draw * middle < high) | bands[2] & (draw * low < high)
-    return Weights(balanced[0], balanced[1], share(kept, reduce(kept.sum().to(iou.dtype))), balanced[2])
+    regression = half(kept, reduce(kept.sum().to(iou.dtype)))
+    return Weights(start, end, regression, classification)
 
 
-def cross_entropy(score, positive, weight):
-    """Weighted sum of the binary cross-entropy of scores in [0, 1]; finite, with finite gradients, at 0 and 1."""
+def cross_entropy(score: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
+    """Sum the weighted binary cross-entropy of scores in [0, 1]; it is finite at 0 and 1, too."""
     return -(weight * torch.where(positive, score, 1 - score).clamp_min(1e-12).log()).sum()
 
 
-def losses(start, end, map, targets, weights):
-    """The three terms of the G-TAD loss (section 3.4), scalars, for outputs of the head and weights of `loss_weights`.
+def losses(
+    start: Tensor, end: Tensor, map: Tensor, targets: Targets, weights: Weights
+) -> dict[str, Tensor]:
+    """Return the three terms of the G-TAD loss (section 3.4), scalars.
 
-    node: start and end scores; regression: channel 0 of the map; classification: channel 1. The total of the release is
-    node + 10 * regression + classification.
+    node: start and end scores; regression: channel 0 of the map; classification: channel 1. The
+    total of the release is node + 10 * regression + classification.
     """
     start, end, map = (output.to(_full(output.dtype)) for output in (start, end, map))
+    start_loss = cross_entropy(start, targets.start > 0.5, weights.start)
+    end_loss = cross_entropy(end, targets.end > 0.5, weights.end)
     return {
-        "node": (cross_entropy(start, targets.start > 0.5, weights.start)
-                 + cross_entropy(end, targets.end > 0.5, weights.end)),
+        "node": start_loss + end_loss,
         "regression": (weights.regression * (map[:, 0] - targets.iou).square()).sum(),
-        "classification": cross_entropy(map[:, 1], targets.iou > 0.9, weights.classification)}
+        "classification": cross_entropy(map[:, 1], targets.iou > 0.9, weights.classification),
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------- decoding
+# --------------------------------------------------------------------------------------- decoding
+
 
 @torch.no_grad()
-def decode(start, end, map, *, boundary_scores=False):
-    """Outputs of the head -> segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K); by score, best first.
+def decode(
+    start: Tensor, end: Tensor, map: Tensor, *, boundary_scores: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn outputs into segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), best first.
 
-    A start s in 0 .. L - 1 is kept if its score is a local peak or above half the video's best; s = 0 always. An end e
-    in 1 .. L likewise; the last two always. Each kept pair with e > s is a proposal [s/L, e/L]; its score is
-    map[1] * map[0] at cell (e - s - 1, s), with `boundary_scores` (BMN) times start[s] * end[e]. K is that of the video
-    with most proposals; the others are padded with score 0 and valid False.
+    A start s in 0 .. L - 1 is kept if its score is a local peak or above half the video's best;
+    s = 0 always. An end e in 1 .. L likewise; the last two always. Each kept pair with e > s is a
+    proposal [s/L, e/L]; its score is map[1] * map[0] at cell (e - s - 1, s), with
+    `boundary_scores` (BMN) times start[s] * end[e]. K is that of the video with most proposals;
+    the others are padded with score 0 and valid False.
 
-    Boundary e lies between snippets e - 1 and e, and the release reads its score from snippet e. At e = L there is
-    none: the target of a segment that ends with the video is 1 at snippet L - 1, whose score stands for boundary L too.
+    Boundary e lies between snippets e - 1 and e, and the release reads its score from snippet e. At
+    e = L there is none: the target of a segment that ends with the video is 1 at snippet L - 1,
+    whose score stands for boundary L too.
     """
     start, end, map = (output.to(_full(output.dtype)) for output in (start, end, map))
-    B, _, D, L = map.shape
-
-    def kept(score):
-        peak = (score[:, 1:-1] > score[:, :-2]) & (score[:, 1:-1] > score[:, 2:])
-        keep = score > 0.5 * score.amax(dim=1, keepdim=True)
-        keep[:, 1:-1] |= peak
-        return keep
-
-    starts, ends = kept(start), kept(end)
+    D, L = map.shape[2:]
+    starts = _peaks(start)
+    ends = _peaks(end)
     starts[:, 0] = True
     ends[:, -1] = True
-    ends = torch.cat([ends, ends[:, -1:]], dim=1)                                                           # (B, L + 1)
+    ends = torch.cat([ends, ends[:, -1:]], dim=1)  # (B, L + 1)
     end = torch.cat([end, end[:, -1:]], dim=1)
     s, d, inside = anchor_grid(L, D, map.device)
-    e = (s + d + 1).clamp_max(L)                                                                            # (D, L)
-    keep = starts[:, s] & ends[:, e] & inside                                                               # (B, D, L)
+    e = (s + d + 1).clamp_max(L)  # (D, L)
+    keep = starts[:, s] & ends[:, e] & inside  # (B, D, L)
     score = map[:, 0] * map[:, 1]
     if boundary_scores:
         score = score * start[:, s] * end[:, e]
     K = int(keep.flatten(1).sum(dim=1).max())
-    score, cell = score.masked_fill(~keep, -1).flatten(1).sort(dim=1, descending=True, stable=True)
-    score, cell = score[:, :K], cell[:, :K]
+    score = score.masked_fill(~keep, -1).flatten(1)
+    score, cell = score.sort(dim=1, descending=True, stable=True)
+    score = score[:, :K]
+    cell = cell[:, :K]
     segments = torch.stack([cell % L, cell % L + cell // L + 1], dim=2).to(score.dtype) / L
     valid = score >= 0
     return segments * valid.unsqueeze(2), score.clamp_min(0), valid
+
+
+def _peaks(score):
+    """Find the local peaks of scores (B, L), and what is above half the best: (B, L) bool."""
+    keep = score > 0.5 * score.amax(dim=1, keepdim=True)
+    keep[:, 1:-1] |= (score[:, 1:-1] > score[:, :-2]) & (score[:, 1:-1] > score[:, 2:])
+    return keep

@@ -1,30 +1,32 @@
-"""Actions in videos of one's own: a finished run and video files in, detections in seconds and a picture of each video out.
+"""Find the actions in your own videos with a finished run: detections in seconds, and pictures.
 
-    python localize.py --run runs/toy-0/lofi VIDEO [VIDEO ...] [--out FOLDER] [--gt ANNOTATIONS] [--no-picture] [--chunk N]
+    python localize.py --run runs/toy-0/lofi VIDEO [VIDEO ...] [--out FOLDER] [--gt ANNOTATIONS]
+                       [--no-picture] [--chunk-snippets N]
 
-VIDEO: a file that FFmpeg decodes, a prepared ZIP or a folder of frames. No annotation file is needed; with --gt, an ActivityNet JSON, the picture shows
-the ground truth too. Written to FOLDER (default: RUN/localized):
-    result.json    as evaluate.py reads it; another start with the same run and folder adds to it. In "external_data": the run, who made the classes, and for
-                   each video its path and duration, so that `python plots.py timeline FOLDER` draws the pictures again
-    VIDEO.png      the timeline
-A file that cannot be read is refused with one line and does not stop the others; the exit status is then 1.
+VIDEO: a file that FFmpeg decodes, a prepared ZIP or a folder of frames. FOLDER (default:
+RUN/localized) gets VIDEO.png, the timeline, with the ground truth of an ActivityNet JSON if --gt is
+given, and result.json, as evaluate.py reads it, to which another start with the same run adds. Its
+"external_data" says who made the classes, and where the videos lie, so that `python -m tools.plot
+timeline FOLDER` can draw them again. A file that cannot be read is refused with one line and does
+not stop the others; the exit status is then 1. From Python:
 
-From Python:
     from localize import load, localize
     model = load("runs/toy-0/lofi")
-    print(localize(model, "video.mp4"))        # [{"label": "jump", "score": 0.71, "segment": [3.5, 8.25]}, ...], best first
+    print(localize(model, "video.mp4"))  # [{"label": "jump", "score": 0.71, "segment": [3.5, 8.25]}
 
-The video is encoded as stage features does it: L snippets, evenly spread however long it is, so that one of an hour is seen at 36 s a snippet if L is 100;
-or, if the run has sliding windows (config key data.windows), data.rate snippets a second.
-The frames of `chunk` snippets, and those of the next ones that overlap with them, are in memory at once, however long the video is.
+A video is encoded as in stage features: L snippets, evenly spread, in an hour 36 s apart if L is
+100; with data.windows, video.rate snippets a second. Memory holds the frames of `chunk_snippets`.
 """
+
 import argparse
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,212 +34,233 @@ from tqdm import tqdm
 
 import config
 import data
-import engine
 import evaluate
 import media
-import plots
-from localizer import Localizer, detections, encode
+from checkpoint import RunFolder, load_json, load_state, peak_memory_gb
+from localizer import Localizer, autocast, build_encoder, extract_features, predict
+from media import InputError
 from sola import SoLa
-from tsm import make_encoder
 
-SOURCE = "video classifier of the run"
+CLASS_SOURCE = "video classifier of the run"
 
 
-class Model(NamedTuple):
+@dataclass
+class Model:
     """A run's networks, ready for use."""
-    run: str
+
     cfg: config.Config
     encoder: torch.nn.Module
     sola: torch.nn.Module | None
     localizer: Localizer
-    classes: list
     device: torch.device
-    chunk: int  # snippets encoded at once
+    chunk_snippets: int
 
 
-def encoder_path(run, cfg):
-    """The encoder whose features the run's head was trained on: stage lofi's, else stage pretrain's, else that of pretrain.checkpoint."""
-    if cfg.data.features:
-        raise ValueError(f"{run} was trained on features from elsewhere ({cfg.data.features}) and has no encoder: videos need a run with stage features")
-    stage = next((s for s in ("lofi", "pretrain") if s in cfg.stages), None)
-    path = f"{run}/{stage}/encoder.pt" if stage else cfg.pretrain.checkpoint
-    if path != "torchvision" and not os.path.isfile(path or ""):
-        raise FileNotFoundError(f"{run}: no encoder {path}" + (f", which stage {stage} writes" if stage else " (config key pretrain.checkpoint, seen from here)"))
-    return path
+def load(run, device="auto", chunk_snippets=None):
+    """Return the Model of a finished run's folder. Raises InputError if a file of it is missing.
 
-
-def load(run, device="auto", chunk=None):
-    """The Model of a finished run's folder; it may have been moved. FileNotFoundError or ValueError if something of it is missing.
-
-    chunk: snippets encoded at once, for more or less memory; None: as in stage features (config key features.chunk).
+    chunk_snippets: encoded at once, for more or less memory; None: as in stage features.
     """
-    run = os.fspath(run)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch finds no GPU here (torch.cuda.is_available() is False); use auto or cpu")
+        raise InputError("device cuda: torch finds no GPU here; use auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not os.path.isfile(f"{run}/config.json"):
-        raise FileNotFoundError(f"no {run}/config.json: name the folder of a run, such as runs/toy-0/lofi")
-    cfg = config.merge(config.saved(run), {})
-    path = encoder_path(run, cfg)
-    for file, stage in ((f"{run}/head/head.pt", "head"), (f"{run}/sola/sola.pt", "sola")):
-        if stage in (*cfg.stages, "head") and not os.path.isfile(file):
-            raise FileNotFoundError(f"{run} is not finished: no {file}, which stage {stage} writes")
-    encoder = make_encoder(**cfg.encoder, weights=path)
-    saved = torch.load(f"{run}/head/head.pt", map_location="cpu", weights_only=True)
-    localizer = Localizer(cfg.tal_head, cfg[cfg.tal_head], channels=encoder.channels, classes=len(saved["classes"]))
+    folder = RunFolder(run)
+    cfg = config.saved_config(run)
+    if cfg.data.features:
+        raise InputError(f"{run} has no encoder: its features are from {cfg.data.features}")
+    needed = [folder.head, *([folder.sola] if "sola" in cfg.stages else [])]
+    missing = [path for path in needed if not os.path.isfile(path)]
+    if missing:
+        raise InputError(f"{run} is not finished: no {missing[0]}")
+    encoder = build_encoder(**cfg.encoder, weights=config.encoder_path(cfg, folder))
+    saved = load_state(folder.head)
+    localizer = Localizer(cfg.tal_head, cfg[cfg.tal_head], encoder.channels, saved["classes"])
     localizer.load_state_dict(saved["model"])
-    sola = SoLa.load(f"{run}/sola/sola.pt").to(device) if "sola" in cfg.stages else None
-    ready = [m.to(device).eval().requires_grad_(False) for m in (encoder, localizer)]
-    return Model(run, cfg, ready[0], sola, ready[1], list(saved["classes"]), torch.device(device), chunk or cfg.features.chunk)
+    for module in (encoder, localizer):
+        module.to(device).eval().requires_grad_(False)
+    sola = SoLa.load(folder.sola).to(device) if "sola" in cfg.stages else None
+    chunk = chunk_snippets or cfg.features.chunk_snippets
+    return Model(cfg, encoder, sola, localizer, torch.device(device), chunk)
 
 
-def stream(source, numbers, size, ratio, chunk):
-    """The frames of a video, `chunk` snippets at a time and in one pass: numbers (L, T) -> yields (1, l, T, 3, size, size) uint8.
+def frame_chunks(source, numbers, size, crop, chunk_snippets):
+    """Yield the frames of an opened video in one pass, (1, l, T, 3, size, size) uint8 each.
 
-    The very frames that VideoDataset gives: central crops of `ratio` times the short side; a number that does not decode is replaced by the
-    nearest that does. ValueError, in the end, if too many do not.
+    numbers: (L, T), of which chunk_snippets rows come at a time. The frames are those of
+    VideoDataset: central crops of `crop` times the short side, where the nearest frame stands for
+    one that does not decode. Raises InputError at the end if too many do not.
     """
-    wanted, held, last, count = np.unique(numbers), {}, -1, 0
-    short_side = size / ratio
-    frames = source.decode(wanted, int(np.ceil(short_side)) if isinstance(source, media.VideoFile) else short_side)
-    for i in range(0, len(numbers), chunk):
-        rows, later = numbers[i:i + chunk], numbers[i + chunk:]
+    wanted = np.unique(numbers)
+    decoder = source.decode(wanted, size / crop)
+    frames = {}
+    last = -1
+    num_decoded = 0
+    for i in range(0, len(numbers), chunk_snippets):
+        rows, later = numbers[i : i + chunk_snippets], numbers[i + chunk_snippets :]
         end = rows.max()
-        while last < end and (found := next(frames, None)):
-            last, count = found[0], count + 1
-            held[last] = data.crop_resize(found[1][None], size, ratio)[0]
-        if not held:
+        while last < end and (decoded := next(decoder, None)):
+            last = decoded[0]
+            frames[last] = data.crop_resize(decoded[1][None], size, crop)[0]
+            num_decoded += 1
+        if not frames:
             break
-        kept = np.array(list(held))
-        yield torch.stack([held[n] for n in kept[media.nearest(kept, rows.flatten())].tolist()]).unflatten(0, (1, *rows.shape))
-        if len(later):  # of the frames before all that is still to come one stays, to stand for a next one that does not decode
-            keep = kept[kept < later.min()].max(initial=-1)
-            held = {n: frame for n, frame in held.items() if n >= keep}
-    media.check_coverage(source.path, count, len(wanted))
+        held = np.array(list(frames))
+        nearest = held[media.nearest(held, rows.flatten())]
+        yield torch.stack([frames[n] for n in nearest.tolist()]).unflatten(0, (1, *rows.shape))
+        if len(later):
+            # Of the frames before all later ones, the last may stand for one that fails to decode.
+            oldest = held[held < later.min()].max(initial=-1)
+            frames = {n: frame for n, frame in frames.items() if n >= oldest}
+    media.check_coverage(source.path, num_decoded, len(wanted))
 
 
 @torch.no_grad()
-def features_of(model, source, bar=False):
-    """Features of an opened video, (1, C, L), behind SoLa if the run has it."""
-    d, chunk = model.cfg.data, model.chunk
-    count = max(round(source.duration * d.rate), 1) if d.get("windows") else d.snippets
-    numbers = media.snippet_frames(source.num_frames, count, d.frames_per_snippet, d.stride).numpy()
+def encode_video(model, source, bar=False):
+    """Return the features of an opened video, (1, C, L), after SoLa if the run has it."""
+    video, chunk = model.cfg.video, model.chunk_snippets
+    count = max(round(source.duration * video.rate), 1) if video.rate else video.snippets
+    window = (video.frames_per_snippet, video.stride)
+    numbers = media.snippet_frames(source.num_frames, count, *window).numpy()
+    context = partial(autocast, model.device, model.cfg.precision)
     features = []
-    autocast = partial(engine.autocast, model.device, model.cfg.precision)
-    with tqdm(total=count, unit="snippet", leave=False, disable=not (bar and sys.stderr.isatty())) as progress:
-        for frames in stream(source, numbers, d.size, d.crop, chunk):
-            features.append(encode(model.encoder, frames.to(model.device), chunk, autocast))
+    show = bar and sys.stderr.isatty()
+    with tqdm(total=count, unit="snippet", leave=False, disable=not show) as progress:
+        for frames in frame_chunks(source, numbers, video.size, video.crop, chunk):
+            frames = frames.to(model.device)
+            features.append(extract_features(model.encoder, frames, chunk, context))
             progress.update(frames.shape[1])
     x = torch.cat(features, 2)
     return x if model.sola is None else model.sola(x)
 
 
 def localize(model, video, bar=False):
-    """Detections of a video, best first: [{"label", "score", "segment": [start_sec, end_sec]}]. The numbers that stage detect would give for it.
+    """Return [{"label", "score", "segment": [start_sec, end_sec]}] of a video, best first.
 
-    video: a path, or what media.open_media returned. ValueError or FileNotFoundError, naming the file, if it cannot be read.
+    The numbers are those of stage detect. video: a path, or what media.open_media returns. Raises
+    InputError, naming the file, if it cannot be read.
     """
     source = media.open_media(video) if isinstance(video, (str, os.PathLike)) else video
     if not source.duration:
-        raise ValueError(f"{source.path} tells no frame rate: put a video.json {{\"fps\", \"duration_sec\"}} beside its frames")
-    d, L, x, windows = model.cfg.detect, model.cfg.data.snippets, features_of(model, source, bar), None
-    if model.cfg.data.get("windows"):
-        count = x.shape[2]
-        x, first = data.windows_of(x[0], L)
-        windows = torch.tensor(first, device=x.device), count
-    found, _ = detections(model.localizer, x, [""], [source.duration], model.classes, sigma=d.sigma, top_k=d.top_k, classes_per_video=d.classes_per_video,
-                          windows=windows)
-    return found[""]
+        raise InputError(f"{source.path}: no frame rate; add a video.json (fps, duration_sec)")
+    try:
+        x = encode_video(model, source, bar)
+        windows = None
+        if model.cfg.data.windows:
+            num_snippets = x.shape[2]
+            x, first = data.cut_windows(x[0], model.cfg.video.snippets)
+            windows = torch.tensor(first, device=x.device), num_snippets
+        options = {k: model.cfg.detect[k] for k in ("sigma", "top_k", "classes_per_video")}
+        found, _ = predict(model.localizer, x, [("", source.duration)], windows=windows, **options)
+        return found[""]
+    except RuntimeError as error:
+        # On a CPU, torch has no class of its own for this.
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise InputError(f"{source.path}: out of memory; try --chunk-snippets 1") from error
+        raise
 
 
-def table(found, most=10):
-    """The best detections as lines of text, times in seconds."""
-    if not found:
+def table(detections, most=10):
+    """Return the best detections as lines of text, times in seconds."""
+    if not detections:
         return "  no detections"
-    rows = [(f"{d['score']:.3f}" if d["score"] >= 0.001 else f"{d['score']:.0e}", *(f"{t:.2f}" for t in d["segment"]), d["label"]) for d in found[:most]]
-    wide = [max(len(h), *(len(r[i]) for r in rows)) for i, h in enumerate(("score", "start", "end"))]
-    line = lambda a, b, c, label: f"  {a:>{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {label}"
-    return "\n".join([line("score", "start", "end", "class (times in seconds)"), *(line(*row) for row in rows)])
+    lines = [f"  {'score':>5}  {'start':>8}  {'end':>8}  class (times in seconds)"]
+    for d in detections[:most]:
+        start, end = d["segment"]
+        score = f"{d['score']:.3f}" if d["score"] >= 0.001 else f"{d['score']:.0e}"
+        lines.append(f"  {score}  {start:8.2f}  {end:8.2f}  {d['label']}")
+    return "\n".join(lines)
 
 
-def name_of(path, taken):
-    """A name for a video, that of its file, that no other file has: {name: path} `taken`."""
-    path = os.path.abspath(path)
-    stem = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
-    number = 1
-    while taken.get(name := stem if number == 1 else f"{stem}-{number}", path) != path:
+def unique_name(path, taken):
+    """Return the name of a file, made unlike those of other files in {name: path} `taken`."""
+    stem = os.path.basename(path if os.path.isdir(path) else os.path.splitext(path)[0])
+    name, number = stem, 1
+    while taken.get(name, path) != path:
         number += 1
-    return name, stem
+        name = f"{stem}-{number}"
+    return name
 
 
-def before(folder, run):
-    """Results and videos that an earlier start left in the folder. ValueError if the result there is of another making."""
-    path = f"{folder}/result.json"
+def previous_results(path, run):
+    """Return the results and videos of a result file of this run; InputError if it is another's."""
     if not os.path.exists(path):
         return {}, {}
-    result = plots.read_json(path, "result")
-    external = result.get("external_data") if isinstance(result, dict) else None
-    made_by = external.get("run") if isinstance(external, dict) and "videos" in external else None
-    if made_by != os.path.abspath(run):
-        raise ValueError(f"{path} is there already, made by {made_by or 'something else'}: name another folder with --out")
+    result = load_json(path)
+    external = result.get("external_data", {}) if isinstance(result, dict) else {}
+    if external.get("run") != os.path.abspath(run):
+        maker = external.get("run", "something else")
+        raise InputError(f"{path} already exists, made by {maker}; name another folder with --out")
     return result["results"], external["videos"]
 
 
+def draw_pictures(folder, names, gt):
+    """Draw the timelines of videos in a folder's result.json; return whether that worked."""
+    folder = os.path.abspath(folder)
+    command = [sys.executable, "-m", "tools.plot", "timeline", folder, "--out", folder]
+    command += [f"--video={name}" for name in names]
+    command += ["--gt", os.path.abspath(gt)] if gt else []
+    return subprocess.run(command, cwd=config.HERE).returncode == 0
+
+
+def localize_files(model, paths, result_path, run):
+    """Localize files, each saved at once; return the names of those that could be read."""
+    results, videos = previous_results(result_path, run)
+    names = []
+    for path in map(os.path.abspath, paths):
+        started = time.monotonic()
+        try:
+            source = media.open_media(path)
+            detections = localize(model, source, bar=True)
+        except config.INPUT_ERRORS as error:
+            print(f"localize.py: {error}", file=sys.stderr, flush=True)
+            continue
+        name = unique_name(path, {name: video["path"] for name, video in videos.items()})
+        length = f"{source.duration:.2f} s, {source.num_frames} frames"
+        length += f"; took {time.monotonic() - started:.1f} s"
+        length += f"; note: {source.note}" if source.note else ""
+        print(f"{name}: {length}\n{table(detections)}", flush=True)
+        results[name] = detections
+        videos[name] = {"path": path, "duration": source.duration}
+        metadata = {"class_source": CLASS_SOURCE, "run": os.path.abspath(run), "videos": videos}
+        evaluate.save_results(results, result_path, **metadata)
+        names.append(name)
+    return names
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--out", metavar="FOLDER", help="default: RUN/localized")
-    parser.add_argument("--gt", metavar="ANNOTATIONS", help="ActivityNet JSON: the pictures show the ground truth too")
+    parser.add_argument("--gt", metavar="ANNOTATIONS", help="ActivityNet JSON, for the pictures")
     parser.add_argument("--no-picture", action="store_true", help="needs no matplotlib")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--chunk", type=int, help="snippets encoded at once: less memory (default: the run's features.chunk)")
+    parser.add_argument("--chunk-snippets", type=int, help="encoded at once (default: the run's)")
     args = parser.parse_args(argv)
-    if args.chunk is not None and args.chunk < 1:
-        parser.error(f"--chunk {args.chunk}: expected at least 1")
+    if args.chunk_snippets is not None and args.chunk_snippets < 1:
+        parser.error(f"--chunk-snippets {args.chunk_snippets}: expected at least 1")
     out = args.out or f"{args.run}/localized"
+    result_path = RunFolder(out).result
     try:
-        if not args.no_picture:
-            plots.need_matplotlib()
-        truth = plots.read_truth(args.gt) if args.gt else {}
-        model = load(args.run, args.device, args.chunk)
-        results, videos = before(out, args.run)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if not args.no_picture and importlib.util.find_spec("matplotlib") is None:
+            raise InputError("pictures need matplotlib: pip install matplotlib; or --no-picture")
+        # Complain about these now, not after the videos.
+        if args.gt:
+            data.load_annotations(args.gt)
+        model = load(args.run, args.device, args.chunk_snippets)
+        names = localize_files(model, args.videos, result_path, args.run)
+        drawn = args.no_picture or not names or draw_pictures(out, names, args.gt)
+    except config.INPUT_ERRORS as error:
         sys.exit(f"localize.py: {error}")
-    failed = without_picture = 0
-    try:
-        for path in args.videos:
-            started, localized = time.monotonic(), False
-            try:
-                source = media.open_media(path)
-                found = localize(model, source, bar=True)
-                name, stem = name_of(path, {v: about["path"] for v, about in videos.items()})
-                print(f"{name}: {source.duration:.2f} s, {source.num_frames} frames; took {time.monotonic() - started:.1f} s"
-                      + (f"; note: {source.note}" if source.note else ""))
-                print(table(found))
-                results[name] = found
-                videos[name] = {"path": os.path.abspath(path), "duration": source.duration}
-                evaluate.save_results(results, f"{out}/result.json", class_source=SOURCE, run=os.path.abspath(args.run), videos=videos)
-                localized = True
-                if not args.no_picture:
-                    annotated = plots.of_video(truth, stem)
-                    if args.gt and annotated is None:
-                        print(f"  {stem} is not in {args.gt}: no ground truth in the picture")
-                    figure = plots.draw_timeline(found, name=name, duration=source.duration, truth=annotated and annotated[1], media=source, source=SOURCE)
-                    plots.save(figure, f"{out}/{name}.png")
-                    print(f"  -> {out}/{name}.png")
-            except (ValueError, OSError, RuntimeError) as error:
-                failed, without_picture = failed + (not localized), without_picture + localized
-                words = (str(error) or type(error).__name__).splitlines()[0]
-                more = "; try a smaller --chunk" if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in words else ""
-                print("localize.py: " + ("" if path in words else f"{path}: ") + words + more, file=sys.stderr)
-            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit("localize.py: interrupted; the videos that are done are in the result")
-    done = len(args.videos) - failed
-    print(f"{done} of {len(args.videos)} videos" + (f", {without_picture} of them without a picture" if without_picture else "") + (f" -> {out}/result.json" if done else "") + f"; peak memory {engine.peak_memory_gb(model.device):.2f} GB")
-    if failed or without_picture:
+    summary = f"{len(names)} of {len(args.videos)} videos" + (f" -> {result_path}" if names else "")
+    summary += "" if drawn else "; some pictures are missing"
+    print(f"{summary}; peak memory {peak_memory_gb(model.device):.2f} GB")
+    if not drawn or len(names) < len(args.videos):
         sys.exit(1)
 
 

@@ -1,299 +1,249 @@
-"""Train and evaluate temporal action localization with a low-fidelity optimized video encoder: LoFi, Xu et al., NeurIPS 2021.
+"""Train and evaluate LoFi: a video encoder optimized for temporal action localization, end to end
+at low fidelity (Xu et al., NeurIPS 2021).
 
-    python lofi_tal.py --cfg configs/toy.yaml                                   one process, CPU or GPU
-    torchrun --nproc_per_node=4 lofi_tal.py --cfg configs/anet13.yaml           four GPUs, the same global batch
-    python lofi_tal.py --cfg configs/toy.yaml --set pretrain.method=icp out=runs/toy/icp
-    python lofi_tal.py --cfg configs/anet13.yaml --dry-run                      no data needed: shapes, parameters, memory, time
+    python lofi_tal.py --cfg configs/toy.yaml                           one process, CPU or GPU
+    torchrun --nproc_per_node=4 lofi_tal.py --cfg configs/anet13.yaml   the same global batch
 
-The config lists the stages. Each writes into the run's folder; a finished one is skipped, an interrupted one goes on where it stopped:
-    pretrain  the encoder before localization           -> OUT/pretrain/encoder.pt
-    lofi      encoder and head end to end, low fidelity  -> OUT/lofi/encoder.pt
-    features  the frozen encoder at full fidelity        -> OUT/features/VIDEO.npy
-    sola      soft landing, trained on features alone    -> OUT/sola/sola.pt, OUT/sola/features/VIDEO.npy
-    head      a fresh head and a video classifier        -> OUT/head/head.pt
-    detect    proposals, soft-NMS, classes, mAP          -> OUT/result.json, OUT/metrics.json
+The config lists the stages. A finished one is skipped, an interrupted one resumes:
+    pretrain  the encoder before localization             OUT/pretrain/encoder.pt
+    lofi      encoder and head end to end, low fidelity   OUT/lofi/encoder.pt
+    features  the frozen encoder at full fidelity         OUT/features/VIDEO.npy
+    sola      soft landing, on features without labels    OUT/sola/sola.pt, sola/features/VIDEO.npy
+    head      a fresh head and a video classifier         OUT/head/head.pt
+    detect    proposals, soft-NMS, classes, mAP           OUT/result.json, OUT/metrics.json
 """
-import argparse
+
 import os
-import sys
 import time
-from functools import lru_cache, partial
+from datetime import timedelta
+from functools import partial
 
-import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import config
 import data
-import engine
 import evaluate
-import train_sola
-from localizer import HEADS, Localizer, detections, dry_run, encode, recalibrate, score, train
-from pretrain import PHASES, clips_of, dry_run_phase, options_of, phases, train_classifier
-from tsm import make_encoder
-
-load_annotations = lru_cache(1)(data.load_annotations)  # one reading serves the check and every stage of a run
+import localizer
+import pretrain
+import sola
+from localizer import Distributed, Localizer, build_encoder, localization_step
 
 
-def check(cfg, files=True):
-    """Fails before any work is done, with the key to change; `files` looks whether there is anything to work on, too."""
-    words = {"stages": (cfg.stages, STAGES), "pretrain.method": ([cfg.pretrain.method], PHASES), "tal_head": ([cfg.tal_head], HEADS),
-             "lofi.batchnorm": ([cfg.lofi.batchnorm], ("frozen", "train", "recalibrate")), "lofi.order": ([cfg.lofi.order], ("long", "short")),
-             "precision": ([cfg.precision], engine.PRECISIONS)}
-    for name, block in {"lofi": cfg.lofi, "sola": cfg.sola, "head": cfg.head, **{f"pretrain.{k}": v for k, v in cfg.pretrain.items() if isinstance(v, dict)}}.items():
-        words |= {f"{name}.optimizer": ([block.optimizer], engine.OPTIMIZERS), f"{name}.schedule": ([block.schedule], engine.SCHEDULES)}
-    config.check_words(words)
-    config.check_numbers(cfg)
-    todo = [s for s in cfg.stages if not os.path.exists(f"{cfg.out}/{STAGES[s][1]}")]
-    tasks = {f"pretrain.{p}": options_of(cfg.pretrain, p) for p in phases(cfg.pretrain.method, cfg.pretrain.checkpoint)} if "pretrain" in todo else {}
-    config.check_batches(tasks | {s: cfg[s] for s in ("lofi", "sola", "head") if s in todo}, engine.world_size())
-    if cfg.data.windows != bool(cfg.data.rate) and not cfg.data.features:
-        raise ValueError(f"data.windows is {cfg.data.windows} and data.rate {cfg.data.rate}: features of one's own need both for windows, or none")
-    low_fidelity_cycle(cfg)
-    if cfg.lofi.batchnorm != "frozen" and (cfg.lofi.chunk or cfg.lofi.accumulate > 1 or cfg.encoder.recompute):
-        raise ValueError("lofi.chunk, lofi.accumulate and encoder.recompute need lofi.batchnorm frozen: BatchNorm would see other statistics than in one piece")
-    if cfg.data.features and {"lofi", "features"} & set(cfg.stages):
-        raise ValueError(f"data.features is {cfg.data.features}: then stages lofi and features have nothing to do, take them out of `stages`")
-    if files:
-        data.check_segments(load_annotations(cfg.data.annotations), cfg.data.train_subset if {"lofi", "head"} & set(todo) else None,
-                            cfg.data.val_subset if "detect" in todo else None, cfg.detect.classes_from == "ground_truth")
-        target = {"lofi", "features"} & set(todo) or "pretrain" in todo and "acp_plus" in cfg.pretrain.method
-        for which in ("train", "val") if target else ():
-            subset(cfg, which, cfg.data.frames, "frames", say=lambda words: None)
-        first = next((s for s in ("pretrain", "lofi", "features") if s in cfg.stages), None)  # it makes the encoder, or takes one from elsewhere
-        for key, path, stage in (("pretrain.start", cfg.pretrain.start, "pretrain"), ("pretrain.checkpoint", cfg.pretrain.checkpoint, first),
-                                 ("detect.classes_from", cfg.detect.classes_from, "detect")):
-            if stage in todo and path not in (None, "torchvision", "own", "ground_truth") and not os.path.isfile(path):
-                raise FileNotFoundError(f"no file {path} (config key {key})")
+def setup_distributed(cfg):
+    """Join torchrun's process group if it started this process, else run alone."""
+    use_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cpu")
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Distributed(0, 1, device, cfg.precision)
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        timeout=timedelta(hours=1),  # one process may encode an hour longer than another
+        device_id=device if use_cuda else None,
+    )
+    return Distributed(dist.get_rank(), dist.get_world_size(), device, cfg.precision)
 
 
-def build_encoder(cfg, path=None, **options):
-    return make_encoder(**cfg.encoder, weights=path, **options)
+def train(model, dataset, fidelities, step, name, options, cfg, ddp, **cycle):
+    """Train `model` in place and return the seconds that it took, with those of earlier starts.
+
+    step(net, batch, generator): forward and backward of a batch through `net`, the model or its
+    DDP wrapper; returns {term: loss}. What is random in it is a function of (seed, epoch, step).
+    """
+    task = name.rpartition("/")[2]
+    seed = data.seed_of(cfg.seed, task)
+    sampler = data.CyclicFidelitySampler(
+        len(dataset), options["batch_size"], fidelities, seed=seed, **ddp.shard, **cycle
+    )
+    model.to(ddp.device)
+    loader = data.BatchLoader(dataset, sampler, cfg.data.workers, ddp.device)
+    optimizer = checkpoint.build_optimizer(model, options)
+    progress = checkpoint.Progress(f"{cfg.out}/{name}", model, optimizer, ddp.log)
+    progress.resume(trained_on=data.fingerprint(dataset.videos), config=config.snapshot(cfg))
+    net = model
+    if ddp.world_size > 1:
+        net = DistributedDataParallel(model, device_ids=ddp.device_ids)
+    net.train()
+    max_norm = options.get("clip_grad_norm") or float("inf")
+    with checkpoint.StopSignals() as signals:
+        for epoch in range(progress.epoch, options["epochs"]):
+            dataset.set_epoch(epoch)
+            sampler.set_epoch(epoch, progress.step)
+            log = checkpoint.EpochLog(task, progress, sampler, options, cfg.log_every, ddp)
+            for i, batch in enumerate(loader, progress.step):
+                lr = checkpoint.learning_rate(options, epoch + i / sampler.steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+                # Dropout draws its own on each rank, the random subsets of a loss alike on all.
+                torch.manual_seed(data.seed_of(cfg.seed, task, epoch, i, ddp.rank))
+                generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, task, epoch, i))
+                optimizer.zero_grad(set_to_none=True)
+                losses = step(net, data.to_device(batch, ddp.device), generator=generator)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+                # What one rank meets ends all: a bad step before it reaches weights, or a signal.
+                finite = torch.isfinite(losses["loss"] + norm)
+                flags = {"bad": ~finite, "stop": bool(signals.received)}
+                means = ddp.mean_of({**losses, "gradient_norm": norm, **flags})
+                log.stop_if_bad(means.pop("bad"), batch["name"], losses["loss"], norm)
+                stop = means.pop("stop")
+                optimizer.step()
+                progress.add(means)
+                log.step()
+                if stop or progress.is_due(cfg.checkpoint_sec):
+                    progress.save(write=ddp.is_main)
+                if stop:
+                    ddp.log(f"{log.title}: stopped after step {i + 1}; rerun to resume")
+                    raise SystemExit(128 + signals.number)
+            progress.end_epoch(log.close(), write=ddp.is_main)
+    for buffer in model.buffers():  # statistics of a training BatchNorm are each process' own
+        ddp.broadcast(buffer)
+    return progress.seconds
 
 
-def build_localizer(cfg, **options):
-    return Localizer(cfg.tal_head, cfg[cfg.tal_head], **options)
-
-
-def fit(model, dataset, fidelities, options, cfg, process, name, **cycle):
-    return train(model, dataset, fidelities, options=options, loss=cfg.loss, seed=cfg.seed, name=name, folder=f"{cfg.out}/{name}", process=process,
-                 workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg), **cycle)
-
-
-def subset(cfg, which, source, kind, say):
-    return data.select(load_annotations(cfg.data.annotations), cfg.data[f"{which}_subset"], source, kind, say, durations=cfg.data.durations, frames=cfg.data.frames, settings=data.settings_of(cfg.data))
-
-
-def full_fidelity(cfg):
-    return data.Fidelity("full", cfg.data.snippets, cfg.data.size)
-
-
-def frame_options(cfg):
-    return {"stride": cfg.data.stride, "crop": cfg.data.crop, "flip": cfg.data.flip, "seed": cfg.seed}
-
-
-def video_dataset(cfg, process, which, train):
-    videos = subset(cfg, which, cfg.data.frames, "frames", process.say)
-    return data.VideoDataset(videos, cfg.data.frames, classes=data.class_names(videos), snippets=cfg.data.snippets, frames=cfg.data.frames_per_snippet, train=train,
-                             rate=cfg.data.rate, **frame_options(cfg))
-
-
-# ---------------------------------------------------------------- stages
-
-def pretrain(cfg, process):
-    """Encoder before localization: random, or trained by one of the classification tasks of pretrain.py."""
-    method, checkpoint = cfg.pretrain.method, cfg.pretrain.checkpoint
+def pretrain_stage(cfg, run, ddp):
+    """Get the encoder before localization: random, from a file, or trained to classify clips."""
+    weights = cfg.pretrain.pretrained or cfg.pretrain.init
+    ddp.log(f"pretrain: starting from {weights} weights")
     torch.manual_seed(data.seed_of(cfg.seed, "encoder"))
-    encoder, seconds, records = build_encoder(cfg, checkpoint or cfg.pretrain.start), engine.seconds_of(checkpoint), {}
-    left = phases(method, checkpoint)
-    if checkpoint:
-        process.say(f"pretrain: goes on from the encoder {checkpoint}" if left else f"pretrain: nothing to train, the encoder is {checkpoint}")
-    for phase in left:
-        options = options_of(cfg.pretrain, phase)
-        clips = clips_of(phase, options, lambda: [subset(cfg, which, cfg.data.frames, "frames", process.say) for which in ("train", "val")], cfg.data.snippets, process.say,
-                         (cfg.data.train_subset, cfg.data.val_subset))
-        took, records[phase] = train_classifier(encoder, clips, size=cfg.data.size, options=options, name=phase, folder=f"{cfg.out}/pretrain/{phase}",
-                                                process=process, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, **frame_options(cfg))
-        seconds += took
-    if process.is_main:
-        engine.save_json({"method": method, "start": cfg.pretrain.start, "checkpoint": checkpoint, "phases": records}, f"{cfg.out}/pretrain/accuracy.json")
-    save_encoder(cfg, process, encoder, "pretrain", seconds)
+    encoder = build_encoder(**cfg.encoder, weights=weights)
+    records = {}
+    for task in pretrain.tasks_of(cfg.pretrain.method, cfg.pretrain.pretrained):
+        records[task] = pretrain_task(encoder, task, cfg, ddp)
+    if ddp.is_main:
+        checkpoint.save_json({**cfg.pretrain, "tasks": records}, run.accuracy)
+        seconds = sum(record["seconds"] for record in records.values())
+        seconds += checkpoint.seconds_of(cfg.pretrain.pretrained)
+        checkpoint.save_encoder(encoder, run.encoder("pretrain"), cfg.encoder, seconds)
 
 
-def save_encoder(cfg, process, encoder, stage, seconds):
-    if process.is_main:
-        engine.save_weights(encoder, f"{cfg.out}/{stage}/encoder.pt", encoder=dict(cfg.encoder), seconds=seconds)
+def pretrain_task(encoder, task, cfg, ddp):
+    """Train the encoder below a linear classifier of clips; return a record of how it went."""
+    options = pretrain.task_options(cfg.pretrain, task)
+    clips = pretrain.load_clips(task, options, **config.clip_sources(cfg, task, ddp.log))
+    views = {"frames": options["frames"], "group_size": pretrain.group_size(task)}
+    views |= {key: cfg.video[key] for key in ("stride", "crop", "flip")}
+    train_set = pretrain.ClipDataset(clips.train, train=True, seed=cfg.seed, **views)
+    torch.manual_seed(data.seed_of(cfg.seed, task))
+    model = pretrain.ClipClassifier(encoder, len(clips.classes))
+    step = partial(pretrain.classification_step, autocast=ddp.autocast)
+    full = data.Fidelity("full", 1, cfg.video.size)
+    group = {"group_size": train_set.group_size}
+    seconds = train(model, train_set, [full], step, f"pretrain/{task}", options, cfg, ddp, **group)
+    val_set = pretrain.ClipDataset(clips.val, **views)
+    batches = data.iterate(val_set, full, 64, workers=cfg.data.workers, **ddp.place)
+    record = pretrain.held_out_accuracy(model, batches, clips, ddp.autocast, ddp.sum)
+    ddp.log(f"{task}: {record}")
+    return {**record, "seconds": seconds}
 
 
-def encoder_path(cfg, stage):
-    """The encoder that `stage` starts from: the product of the stage before it in this run, or a checkpoint from elsewhere."""
-    before = [s for s in ("pretrain", "lofi") if s in cfg.stages and s != stage]
-    if not before and cfg.pretrain.checkpoint in (None, "torchvision"):
-        raise ValueError(f"stage {stage} needs an encoder: list stage pretrain before it, or name a file in pretrain.checkpoint")
-    return f"{cfg.out}/{before[-1]}/encoder.pt" if before else cfg.pretrain.checkpoint
-
-
-def low_fidelity_cycle(cfg):
-    known = data.fidelities(cfg.data.snippets, cfg.data.size, r_t=cfg.fidelity.r_t, r_s=cfg.fidelity.r_s, st=(cfg.fidelity.st_r_t, cfg.fidelity.st_r_s))
-    config.check_words({"lofi.cycle": (cfg.lofi.cycle or [None], known)})
-    return [known[f] for f in cfg.lofi.cycle]
-
-
-def end_to_end(cfg, path, device, classes):
+def lofi_stage(cfg, run, ddp):
+    """Section 3.2: train encoder and head together at low fidelity; the head is thrown away."""
+    dataset = config.video_dataset(cfg, "train", ddp.log, train=True)
+    weights = config.encoder_path(cfg, run, "lofi")
     torch.manual_seed(data.seed_of(cfg.seed, "lofi"))
-    encoder = build_encoder(cfg, path, frozen_bn=cfg.lofi.batchnorm == "frozen")
-    if cfg.lofi.compile:
-        encoder.compile()
-    return build_localizer(cfg, channels=encoder.channels, encoder=encoder, classes=classes if cfg.lofi.class_weight else 0).to(device)
-
-
-def lofi(cfg, process):
-    """Section 3.2: encoder and head together at low fidelity. The head only serves to train the encoder, and is thrown away."""
-    path, dataset = encoder_path(cfg, "lofi"), video_dataset(cfg, process, "train", train=True)
-    model = end_to_end(cfg, path, process.device, len(dataset.classes))
-    seconds = fit(model, dataset, low_fidelity_cycle(cfg), cfg.lofi, cfg, process, "lofi", cycle=cfg.lofi.order, period=cfg.lofi.period)
+    options = {"frozen_bn": cfg.lofi.batchnorm == "frozen", "compile": cfg.lofi.compile}
+    encoder = build_encoder(**cfg.encoder, weights=weights, **options)
+    classes = dataset.classes if cfg.lofi.class_weight else ()
+    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], encoder.channels, classes, encoder)
+    fidelities = [config.run_fidelities(cfg)[name] for name in cfg.lofi.fidelities]
+    cycle = {"cycle": cfg.lofi.cycle, "cycle_length": cfg.lofi.cycle_length}
+    step = partial(localization_step, loss=cfg.loss, options=cfg.lofi, ddp=ddp)
+    seconds = train(model, dataset, fidelities, step, "lofi", cfg.lofi, cfg, ddp, **cycle)
     if cfg.lofi.batchnorm == "recalibrate":
-        started = time.monotonic()
-        recalibrate(model.encoder, video_dataset(cfg, process, "train", train=False), full_fidelity(cfg), cfg.features.chunk, process=process, workers=cfg.data.workers)
-        seconds += time.monotonic() - started
-    save_encoder(cfg, process, model.encoder, "lofi", seconds + engine.seconds_of(path))
+        videos = config.video_dataset(cfg, "train", ddp.log)
+        seconds += localizer.recalibrate(encoder, videos, cfg.data.workers, ddp, **cfg.features)
+    if ddp.is_main:
+        seconds += checkpoint.seconds_of(weights)
+        checkpoint.save_encoder(encoder, run.encoder("lofi"), cfg.encoder, seconds)
 
 
-def features(cfg, process):
-    """The frozen encoder over every video at full fidelity, each rank its share, a file each."""
-    path, started = encoder_path(cfg, "features"), time.monotonic()
-    encoder = build_encoder(cfg, path).to(process.device).eval()
-    encoded, total, parts, videos = 0, 0, [], {}
-    for which in ("train", "val"):
-        dataset = video_dataset(cfg, process, which, train=False)
-        missing = [i for i, name in enumerate(data.names_of(dataset.videos)) if not os.path.exists(f"{cfg.out}/features/{name}.npy")]
-        total, encoded = total + len(dataset.videos), encoded + len(missing)
-        videos |= data.describe(dataset.videos) if process.is_main else {}
-        engine.barrier(process)  # every rank has looked before any writes
-        dataset = dataset.only(missing)
-        for batch in engine.batches(dataset, full_fidelity(cfg), 1, data.collate, name=f"features {which}", process=process, workers=cfg.data.workers):
-            parts.append(encode(encoder, batch["frames"], cfg.features.chunk, process.autocast)[0].t().cpu())
-            if batch["last"]:
-                x, parts = torch.cat(parts).numpy(), []  # (L, C)
-                engine.write_aside(f"{cfg.out}/features/{batch['name'][0]}.npy", partial(np.save, arr=x, allow_pickle=False))
-    engine.barrier(process)
-    if process.is_main:
-        seconds = (time.monotonic() - started) * total / max(encoded, 1)  # resumed: as if this start had encoded all
-        engine.save_json({"encoder": path, "encoder_sha256": data.file_hash(path), **cfg.encoder, "snippets": cfg.data.snippets,
-                          "frames_per_snippet": cfg.data.frames_per_snippet, "stride": cfg.data.stride, "size": cfg.data.size,
-                          "snippet_stride_sec": 1 / cfg.data.rate if cfg.data.rate else "duration_sec / snippets",
-                          "snippet_window_frames": cfg.data.frames_per_snippet * cfg.data.stride, "seconds": seconds + engine.seconds_of(path), "videos": videos},
-                         f"{cfg.out}/features/features.json")
+def features_stage(cfg, run, ddp):
+    """Encode every video once, at full fidelity, with the frozen encoder."""
+    weights = config.encoder_path(cfg, run, "features")
+    encoder = build_encoder(**cfg.encoder, weights=weights).to(ddp.device).eval()
+    encode = partial(localizer.extract_features, encoder, context=ddp.autocast, **cfg.features)
+    datasets = [config.video_dataset(cfg, split, ddp.log) for split in ("train", "val")]
+    seconds = localizer.write_features(datasets, encode, run.features, cfg.data.workers, ddp)
+    if ddp.is_main:
+        config.save_feature_info(cfg, run, weights, datasets, seconds)
 
 
-def feature_folder(cfg, raw=False):
-    """Where the head's features lie: behind stage sola, if it is listed, else `raw`, from elsewhere or this run's own."""
-    return f"{cfg.out}/sola/features" if "sola" in cfg.stages and not raw else cfg.data.features or f"{cfg.out}/features"
+def sola_stage(cfg, run, ddp):
+    """Soft landing (SoLa): train a residual module on features without labels, and apply it."""
+    datasets = [config.feature_dataset(cfg, run, s, ddp.log, raw=True) for s in ("train", "val")]
+    torch.manual_seed(data.seed_of(cfg.seed, "sola"))
+    module = sola.SoLa(datasets[0].channels, cfg.sola.hidden, cfg.sola.kernel)
+    predictor = sola.Predictor(datasets[0].channels, cfg.sola.hidden)
+    similarity = (cfg.sola.positions, cfg.sola.similarity_coefficient)
+    model = sola.SimilarityMatching(module, predictor, *similarity)
+    if cfg.sola.standardize:
+        module.mean[:], module.std[:], _ = datasets[0].statistics()
+    subsequences, options = config.subsequences(cfg, datasets[0], ddp)
+    step = partial(sola.similarity_step, autocast=ddp.autocast)
+    seconds = train(model, subsequences, [data.NATIVE], step, "sola", options, cfg, ddp)
+    module.eval().requires_grad_(False)
+    seconds += localizer.write_features(datasets, module, run.sola_features, cfg.data.workers, ddp)
+    if ddp.is_main:
+        checkpoint.save_weights(module, run.sola, **{**options, **module.sizes})
+        config.save_sola_info(cfg, run, datasets, seconds)
 
 
-def feature_dataset(cfg, process, which, classes=None, raw=False):
-    folder = feature_folder(cfg, raw)
-    videos = subset(cfg, which, folder, "features", process.say)
-    dataset = data.FeatureDataset(videos, folder, classes or data.class_names(videos))
-    return data.WindowDataset(dataset, cfg.data.snippets, train=which == "train") if cfg.data.windows and not raw else dataset
-
-
-def sola(cfg, process):
-    """Soft landing (SoLa, CVPR 2023): a residual module on top of the raw features, trained without labels; the stages after it see its output."""
-    train, val = (feature_dataset(cfg, process, which, raw=True) for which in ("train", "val"))
-    train_sola.run(train, val, feature_folder(cfg, raw=True), options=cfg.sola, snippets=cfg.data.snippets, folder=f"{cfg.out}/sola", process=process,
-                   seed=cfg.seed, workers=cfg.data.workers, save_sec=cfg.checkpoint_sec, about=config.about(cfg))
-
-
-def head(cfg, process):
-    """A fresh head at full fidelity on frozen features (section 3.1, stage 3), and beside it a linear classifier of the mean feature."""
-    dataset = feature_dataset(cfg, process, "train")
+def head_stage(cfg, run, ddp):
+    """Section 3.1: train a fresh head and a video classifier on features at full fidelity."""
+    dataset = config.feature_dataset(cfg, run, "train", ddp.log)
     torch.manual_seed(data.seed_of(cfg.seed, "head"))
-    model = build_localizer(cfg, channels=dataset.channels, classes=len(dataset.classes))
+    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], dataset.channels, dataset.classes)
     if cfg.head.standardize:
         model.mean[:], model.std[:], model.video_std[:] = dataset.statistics()
-    seconds = fit(model.to(process.device), dataset, [full_fidelity(cfg)], cfg.head, cfg, process, "head")
-    if process.is_main:
-        engine.save_weights(model, f"{cfg.out}/head/head.pt", classes=dataset.classes, seconds=seconds, training=data.fingerprint(dataset.videos))
+    step = partial(localization_step, loss=cfg.loss, options=cfg.head, ddp=ddp)
+    full = [config.run_fidelities(cfg)["full"]]
+    seconds = train(model, dataset, full, step, "head", cfg.head, cfg, ddp)
+    if ddp.is_main:
+        metadata = {"seconds": seconds, "trained_on": data.fingerprint(dataset.videos)}
+        checkpoint.save_weights(model, run.head, classes=dataset.classes, **metadata)
 
 
-def detect(cfg, process):
-    """Proposals of every validation video, each rank its share; soft-NMS, classes, result JSON, metrics."""
-    started, path = time.monotonic(), f"{cfg.out}/head/head.pt"
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"stage detect needs {path}: list stage head before it")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    dataset = feature_dataset(cfg, process, "val", saved["classes"])
-    model = build_localizer(cfg, channels=dataset.channels, classes=len(dataset.classes))
+def detect_stage(cfg, run, ddp):
+    """Find segments in the validation videos, each rank its share; NMS, classes, metrics."""
+    started = time.monotonic()
+    saved = checkpoint.load_state(run.head)
+    dataset = config.feature_dataset(cfg, run, "val", ddp.log, classes=saved["classes"])
+    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], dataset.channels, saved["classes"])
     model.load_state_dict(saved["model"])
-    model.to(process.device).eval()
-    duration, results, proposals = {v.name: v.duration for v in dataset.videos}, {}, {}
-    source = {"own": "video classifier of the run", "ground_truth": "ground truth (analysis)"}.get(cfg.detect.classes_from, f"external file {cfg.detect.classes_from}")
-    if cfg.detect.classes_from != "own":
-        truth, row = cfg.detect.classes_from == "ground_truth", {name: i for i, name in enumerate(duration)}
-        scores, classes = evaluate.load_class_scores(cfg.data.annotations if truth else cfg.detect.classes_from, list(row), subset=cfg.data.val_subset, ground_truth=truth)
-    for batch in engine.batches(dataset, full_fidelity(cfg), 1 if cfg.data.windows else 32, data.collate, name="detect", process=process):
-        names, x = batch["name"], batch["features"]
-        x, windows = (x[0], (batch["first"][0], batch["snippets"].item())) if cfg.data.windows else (x, None)
-        class_scores = None if cfg.detect.classes_from == "own" else (scores[[row[n] for n in names]], classes)
-        found = detections(model, x, names, [duration[n] for n in names], dataset.classes, sigma=cfg.detect.sigma, top_k=cfg.detect.top_k,
-                           classes_per_video=cfg.detect.classes_per_video, class_scores=class_scores, windows=windows)
-        results |= found[0]
-        proposals |= found[1]
-    results, proposals = ({k: v for part in engine.gather(x, process) for k, v in part.items()} for x in (results, proposals))
-    if not process.is_main:
-        return
-    order = [v.name for v in dataset.videos]  # one order, however many ranks
-    evaluate.save_results({v: proposals[v] for v in order}, f"{cfg.out}/proposals.json", seed=cfg.seed)
-    evaluate.save_results({v: results[v] for v in order}, f"{cfg.out}/result.json", class_source=source, seed=cfg.seed)
-    metrics, words = score(cfg.data.annotations, cfg.out, cfg.data.val_subset, cfg.detect.tiou, len(load_annotations(cfg.data.annotations)[cfg.data.val_subset].segments) > 0)
-    seconds = sum(f.get("seconds", 0.0) for f in data.facts_of_features(feature_folder(cfg))) + saved["seconds"] + time.monotonic() - started
-    engine.save_json({**metrics, "seconds": seconds, "seed": cfg.seed, "videos": data.list_hash(order), "training": saved.get("training")}, f"{cfg.out}/metrics.json")
-    process.say(f"{cfg.out}: {words}")
-
-
-STAGES = {stage.__name__: (stage, product) for stage, product in (
-    (pretrain, "pretrain/encoder.pt"), (lofi, "lofi/encoder.pt"), (features, "features/features.json"), (sola, "sola/features/features.json"), (head, "head/head.pt"), (detect, "metrics.json"))}
+    model.to(ddp.device).eval()
+    class_scores, source = config.class_scores(cfg, dataset.videos)
+    full = config.run_fidelities(cfg)["full"]
+    results = localizer.detect(model, dataset, full, cfg.detect, class_scores, ddp)
+    if ddp.is_main:
+        evaluate.save_results(results.proposals, run.proposals, seed=cfg.seed)
+        evaluate.save_results(results.detections, run.result, class_source=source, seed=cfg.seed)
+        seconds = saved["seconds"] + time.monotonic() - started
+        ddp.log(config.score_run(cfg, run, dataset.videos, saved["trained_on"], seconds))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, help="a YAML of configs/")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="key.sub=value", help="change single keys")
-    parser.add_argument("--dry-run", action="store_true", help="no data: build everything, one step at each fidelity")
-    args = parser.parse_args(argv)
-    try:
-        cfg = config.load(args.cfg, args.set)
-        check(cfg, files=not args.dry_run)
-        process = engine.start_process(cfg.device, cfg.precision)
-        if args.dry_run:
-            for phase in phases(cfg.pretrain.method, cfg.pretrain.checkpoint) if "pretrain" in cfg.stages else ():
-                dry_run_phase(build_encoder(cfg), phase, options_of(cfg.pretrain, phase), size=cfg.data.size, process=process)
-            if {"pretrain", "lofi", "features"}.isdisjoint(cfg.stages):
-                process.say(f"stages {', '.join(cfg.stages)} go on from features, whose channels only the data tell: no encoder to try")
-            elif {"lofi", "features"} & set(cfg.stages):
-                dry_run(end_to_end(cfg, None, process.device, classes=200), low_fidelity_cycle(cfg), cfg.data.frames_per_snippet, options=cfg.lofi, loss=cfg.loss, process=process)
-        else:
-            config.open_run(cfg, engine.save_json, process.is_main, device=str(process.device), machine=engine.machine_of(process.device), threads=torch.get_num_threads(), processes=process.world)
-            took = []
-            for name in [s for s in STAGES if s in cfg.stages]:
-                engine.barrier(process)
-                (stage, product), started = STAGES[name], time.monotonic()
-                if os.path.exists(f"{cfg.out}/{product}"):
-                    process.say(f"{name}: done already, {cfg.out}/{product}")
-                else:
-                    stage(cfg, process)
-                    took.append(f"{name} {time.monotonic() - started:.1f} s")
-            process.say(f"{cfg.out}: {', '.join(took) or 'nothing was left to do'}; peak memory {engine.peak_memory_gb(process.device):.2f} GB a process")
-        engine.end_process(process)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit("lofi_tal.py: " + str(error).rsplit("\nValueError: ", 1)[-1])  # a loader's worker wraps its own in a traceback
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        sys.exit(f"lofi_tal.py: out of memory: {str(error).splitlines()[0]}\nin stage lofi set lofi.chunk (the memory of so many snippets) or lofi.accumulate (micro-batches), "
-                 "both with the same gradient, or encoder.recompute; in stage features, a smaller features.chunk; in the others, a smaller batch_size, in another `out`")
-    except KeyboardInterrupt:  # outside of training, which saves its state first
-        sys.exit("lofi_tal.py: interrupted; the same command goes on from the last finished file")
+    with config.one_line_errors("lofi_tal.py"), checkpoint.StopSignals(defer=False):
+        cfg = config.from_command_line(__doc__, argv)
+        pending = config.check(cfg)
+        ddp = setup_distributed(cfg)
+        run = config.open_run(cfg, ddp)
+        stages = pretrain_stage, lofi_stage, features_stage, sola_stage, head_stage, detect_stage
+        for name, stage in zip(config.STAGES, stages, strict=True):
+            ddp.barrier()
+            if name in pending:
+                started = time.monotonic()
+                stage(cfg, run, ddp)
+                ddp.log(f"stage {name} took {time.monotonic() - started:.1f} s")
+            elif name in cfg.stages:
+                ddp.log(f"stage {name} is done: {run.path}/{config.STAGES[name]}")
+        ddp.close()
 
 
 if __name__ == "__main__":

@@ -1,202 +1,398 @@
-"""Classification pre-training of a snippet encoder, the baselines of LoFi's Tables 1 and 7: each is a choice of clips and labels for one training loop.
+"""Pre-train a snippet encoder by classification, as the baselines of LoFi's Tables 1 and 7 do.
 
+Each task is a choice of clips and classes for the one training loop:
     icp                  still images: SOURCE/{train,val}/CLASS/*.jpg
     acp                  trimmed clips of an auxiliary set, by action
-    acp_plus             the target's trimmed segments, by action (section 4.2)
-    acp_plus_background  the same, and what lies between the segments as one more class: a control that the paper lacks
-    arrow                is a clip played forward or reversed? Arrow of Time, Wei et al., CVPR 2018 (section 4.7; there on Kinetics, so on ACP's clips here)
-    speed                is it played at normal or at double speed? SpeedNet, Benaim et al., CVPR 2020 (likewise)
+    acp_plus             the target's annotated segments, by action (section 4.2)
+    acp_plus_background  the same, and what lies between them as one more class: a control
+    arrow                forward or reversed? Arrow of Time, Wei et al., CVPR 2018 (section 4.7)
+    speed                normal or double speed? SpeedNet, Benaim et al., CVPR 2020 (section 4.7)
 
-Sources of acp, arrow and speed: a folder SOURCE/{train,val}/CLASS/ of ZIPs of frames, folders of frames or video files; a CSV; or the segments of an
-ActivityNet JSON. Every pre-training gives the same thing, an encoder for the later stages.
+acp, arrow and speed read a folder SOURCE/{train,val}/CLASS/ of ZIPs of frames, folders of frames
+or video files; a CSV; or the segments of an ActivityNet JSON. Every task leaves an encoder.
 """
+
 import csv
 import math
 import os
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import data
-import engine
+import media
+from media import InputError
 
-PHASES = {"none": [], "icp": ["icp"], "acp": ["acp"], "acp_plus": ["acp", "acp_plus"], "acp_plus_background": ["acp", "acp_plus_background"],
-          "arrow": ["arrow"], "speed": ["speed"]}  # of stage pretrain, by method
-PLAYS = {"arrow": ("forward", "reversed"), "speed": ("normal", "double")}
-CSV_COLUMNS = ("path", "label", "start", "end", "split")
+METHODS = {  # pretrain.method -> its tasks, in order
+    "none": [],
+    "icp": ["icp"],
+    "acp": ["acp"],
+    "acp_plus": ["acp", "acp_plus"],
+    "acp_plus_background": ["acp", "acp_plus_background"],
+    "arrow": ["arrow"],
+    "speed": ["speed"],
+}
+OPTIONS = {"acp_plus_background": "acp_plus"}  # task -> its block of options, if not of its name
+PLAYBACKS = {"arrow": ("forward", "reversed"), "speed": ("normal", "double")}  # their classes
+SUBSETS = ("training", "validation")
 
 
-class Classifier(nn.Module):
-    """Snippet encoder and a linear classifier of clips: frames (B, 1, T, 3, H, W) -> logits (B, n)."""
+def tasks_of(method, pretrained):
+    """Return the tasks left to train; a `pretrained` encoder replaces the first one.
 
-    def __init__(self, encoder, classes):
+    Raises InputError where that encoder would pass for one that `method` has trained.
+    """
+    if method not in METHODS:
+        raise InputError(f"pretrain.method is {method!r}, expected one of {', '.join(METHODS)}")
+    if not pretrained:
+        return METHODS[method]
+    if method in PLAYBACKS or (method == "icp" and pretrained != "torchvision"):
+        raise InputError(
+            f"pretrain.pretrained {pretrained} cannot replace the training of pretrain.method "
+            f"{method}:\nset pretrain.pretrained=null, or pretrain.method=none for that encoder"
+        )
+    return METHODS[method][1:]
+
+
+def task_options(block, task):
+    """Return a task's options from the config block `pretrain`.
+
+    arrow and speed without a source take the clips of acp.
+    """
+    options = dict(block[OPTIONS.get(task, task)])
+    if task in PLAYBACKS and options["source"] is None:
+        options |= {key: block["acp"][key] for key in ("source", "media")}
+    return options
+
+
+def group_size(task):
+    """Return how many clips in a row belong into one batch: all playbacks of one (SpeedNet).
+
+    Else the looks of the clips drown what tells the playbacks apart.
+    """
+    return len(PLAYBACKS.get(task, ("forward",)))
+
+
+# ------------------------------------------------------------------------------------------- clips
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a video and its class.
+
+    start_sec, end_sec: 0 and inf for a trimmed clip. duration_sec: of the whole video, as
+    annotated; times are then fractions of it, as in every stage. None: the media tell their frame
+    rate. playback: see clip_frames.
+    """
+
+    path: str
+    start_sec: float
+    end_sec: float
+    label: int
+    duration_sec: float | None = None
+    playback: str = "forward"
+
+
+@dataclass
+class Clips:
+    """Training and held-out clips and the names of their classes."""
+
+    train: list
+    val: list
+    classes: list
+
+
+def load_clips(task, options, *, videos=None, num_snippets=None, subsets=SUBSETS, log=print):
+    """Return the Clips of a task; InputError for what its source lacks.
+
+    options: source and media. videos: (train, val) lists of data.Video, for acp_plus. num_snippets:
+    of a video; shorter background is none. subsets: train and val in an ActivityNet JSON; if it
+    lacks them, training and validation.
+    """
+    if task in ("acp_plus", "acp_plus_background"):
+        return segment_clips(*videos, 1 / num_snippets if task == "acp_plus_background" else None)
+    source = options["source"]
+    if source is None:
+        raise InputError(f"pretrain.{task}.source is not set: name a folder, CSV or JSON of clips")
+    if task != "icp" and source.lower().endswith(".csv"):
+        clips = csv_clips(source, log)
+    elif task != "icp" and source.lower().endswith(".json"):
+        clips = json_clips(source, options["media"], subsets, log)
+    else:
+        suffixes = (".jpg", ".jpeg", ".JPG", ".JPEG") if task == "icp" else None
+        train, classes = list_clips(f"{source}/train", suffixes)
+        val, _ = list_clips(f"{source}/val", suffixes, classes)
+        clips = Clips(train, val, classes)
+    if task not in PLAYBACKS:
+        return clips
+    playbacks = PLAYBACKS[task]
+    return Clips(play(clips.train, playbacks), play(clips.val, playbacks), list(playbacks))
+
+
+def play(clips, playbacks):
+    """Return each clip once in each playback, which is its class."""
+    return [
+        replace(clip, label=label, playback=playback)
+        for clip in clips
+        for label, playback in enumerate(playbacks)
+    ]
+
+
+def list_clips(folder, suffixes=None, classes=None):
+    """Return ([Clip], [class]) of FOLDER/CLASS/: files with these suffixes, or media of any kind.
+
+    Raises InputError if there are none, or others than `classes`.
+    """
+    found = []
+    if os.path.isdir(folder):
+        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = classes or found
+    unknown = [name for name in found if name not in classes]
+    if unknown:
+        raise InputError(f"{folder}: no training clips of classes {data.first_names(unknown)}")
+    clips = []
+    for name in found:
+        paths = media.find_media(f"{folder}/{name}").values()
+        if suffixes:
+            files = sorted(f for f in os.listdir(f"{folder}/{name}") if f.endswith(suffixes))
+            paths = [f"{folder}/{name}/{file}" for file in files]
+        clips += [Clip(path, 0.0, math.inf, classes.index(name)) for path in paths]
+    if not clips:
+        raise InputError(f"no {'image' if suffixes else 'video'} in {folder}/CLASS/")
+    return clips, classes
+
+
+def json_clips(path, folder, subsets, log=print):
+    """Return the segments of an ActivityNet JSON as Clips; see load_clips.
+
+    folder: of its videos' frames; None: `frames` beside the JSON.
+    """
+    annotated = data.load_annotations(path)
+    present = [names for names in (subsets, SUBSETS) if set(names) <= set(annotated)]
+    if not present:
+        raise InputError(
+            f"{path} has subsets {', '.join(sorted(annotated))}, expected {' and '.join(subsets)}\n"
+            "(config keys data.train_subset and data.val_subset), or training and validation"
+        )
+    folder = folder or f"{os.path.dirname(path) or '.'}/frames"
+    return segment_clips(
+        *(data.select_videos(annotated, name, folder, "frames", log) for name in present[0])
+    )
+
+
+def segment_clips(train, val, min_background=None):
+    """Return the segments of untrimmed videos as Clips (section 4.2: ACP+).
+
+    Held-out segments of other classes than the training videos' are left out. min_background:
+    stretches without a segment, at least this fraction of their video, are one more class.
+    """
+    classes = data.class_names(train)
+    parts = []
+    for videos in (train, val):
+        clips = []
+        for video in videos:
+            segments, labels = video.actions
+            times = (segments * video.duration).tolist()
+            for label, (start, end) in zip(labels, times, strict=True):
+                if label in classes:
+                    clips.append(Clip(video.path, start, end, classes.index(label), video.duration))
+        if min_background and clips:  # without segments, nothing tells what is background
+            for video in videos:
+                for start, end in gaps(video.actions[0], min_background):
+                    times = (start * video.duration, end * video.duration)
+                    clips.append(Clip(video.path, *times, len(classes), video.duration))
+        parts.append(clips)
+    return Clips(*parts, [*classes, "background"] if min_background else classes)
+
+
+def gaps(segments, shortest):
+    """Return [(start, end)] of at least `shortest` that segments (N, 2) leave of [0, 1]."""
+    found = []
+    covered = 0.0
+    for start, end in [*sorted(segments.tolist()), [1.0, 1.0]]:
+        if start - covered >= shortest:
+            found.append((covered, start))
+        covered = max(covered, end)
+    return found
+
+
+def csv_clips(path, log=print):
+    """Return the Clips of a CSV file.
+
+    Its first line names the columns: path (of a video file, a ZIP or a folder of frames, relative
+    to the CSV), label and, where wanted, start and end (seconds; empty: the whole clip) and split
+    (train or val; without it every clip trains). Missing files are logged and left out.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(f"cannot read CSV file {path} ({error})") from None
+    parts = {"train": [], "val": []}
+    missing = []
+    for row in rows:
+        try:
+            split, clip = _csv_clip(row, os.path.dirname(path))
+        except ValueError:
+            raise InputError(
+                f"{path}: {row} is not valid, expected path, label and optionally\n"
+                "start and end (0 <= start < end, seconds) and split (train or val)"
+            ) from None
+        if os.path.exists(clip.path):
+            parts[split].append(clip)
+        else:
+            missing.append(clip.path)
+    if missing:
+        log(f"{path}: {len(missing)} files are missing and left out: {data.first_names(missing)}")
+    classes = sorted({clip.label for clip in parts["train"]})
+    unknown = sorted({clip.label for clip in parts["val"]} - set(classes))
+    if unknown or not classes:
+        raise InputError(f"{path}: no training clips of {data.first_names(unknown) or 'any class'}")
+    for split, clips in parts.items():
+        parts[split] = [replace(clip, label=classes.index(clip.label)) for clip in clips]
+    return Clips(**parts, classes=classes)
+
+
+def _csv_clip(row, folder):
+    """Return the split of a row and its Clip, labelled by name; ValueError if it is not valid."""
+    row = {"start": 0, "end": math.inf, "split": "train"} | {k: v for k, v in row.items() if v}
+    start = float(row["start"])
+    end = float(row["end"])
+    is_valid = row.keys() == {"path", "label", "start", "end", "split"} and 0 <= start < end
+    if not is_valid or row["split"] not in ("train", "val"):
+        raise ValueError(row)
+    return row["split"], Clip(os.path.join(folder, row["path"]), start, end, row["label"])
+
+
+# ---------------------------------------------------------------------------------------- data set
+
+
+def clip_frames(first, end, frames, stride, where=0.5, playback="forward"):
+    """Return T frame numbers, `stride` apart, of a clip from frame `first` to `end`: (T,) int64.
+
+    They are clamped to the clip. where: 0 the earliest, 1 the latest in the clip. playback:
+    "forward", "reversed", "normal" or "double" speed, which takes every second frame of normal. In
+    a clip too short for T frames at double speed both take a smaller stride, so that clamping does
+    not give the answer away; it must have 2 T frames.
+    """
+    if playback in PLAYBACKS["speed"]:
+        stride = min(stride, int((end - first) // (2 * frames)))
+    if playback == "double":
+        stride *= 2
+    slack = max(end - first - frames * stride, 0)
+    numbers = np.floor(first + where * slack + (np.arange(frames) + 0.5) * stride)
+    numbers = numbers.clip(first // 1, max(math.ceil(end) - 1, 0)).astype(np.int64)
+    return numbers[::-1].copy() if playback == "reversed" else numbers
+
+
+@dataclass(eq=False)
+class ClipDataset:
+    """Clips: dataset[index, fidelity] -> {"name", "frames" (1, T, 3, H, W) uint8, "label" int}.
+
+    Training takes T frames, `stride` apart, at a random time within the clip, with a random crop
+    and flip, the same for `group_size` clips that follow each other; else all are central.
+    """
+
+    videos: list
+    frames: int
+    stride: int
+    crop: float = 0.875
+    flip: bool = True
+    train: bool = False
+    seed: int = 0
+    group_size: int = 1
+
+    def __post_init__(self):
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it
+
+    set_epoch = data.VideoDataset.set_epoch
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, pair):
+        index, fidelity = pair
+        clip = self.videos[index]
+        source = media.open_media(clip.path)
+        first, end = self._frame_range(clip, source)
+        where = 0.5
+        view = {}
+        if self.train:
+            group = index // self.group_size
+            rng = np.random.default_rng(data.seed_of(self.seed, "view", int(self.epoch), group))
+            where = rng.random()
+            view["corner"] = tuple(rng.random(2).tolist())
+            view["flip"] = self.flip and rng.random() < 0.5
+        numbers = clip_frames(first, end, self.frames, self.stride, where, clip.playback)
+        frames = data.read_view(source, numbers, fidelity.size, self.crop, **view)
+        return {"name": clip.path, "frames": frames[None], "label": clip.label}
+
+    def _frame_range(self, clip, source):
+        """Return where a clip begins and ends, in frames."""
+        first = 0
+        end = source.num_frames
+        if (clip.start_sec, clip.end_sec) != (0, math.inf):
+            fps = source.num_frames / clip.duration_sec if clip.duration_sec else source.fps
+            if not fps:
+                raise InputError(f"{clip.path}: no frame rate, put a video.json beside the frames")
+            first = clip.start_sec * fps
+            end = min(clip.end_sec * fps, end)
+        needed = 2 * self.frames if clip.playback in PLAYBACKS["speed"] else 0
+        if not first < end or end - first < needed:
+            raise InputError(
+                f"{clip.path}: {max(end - first, 0):g} frames from {clip.start_sec:g} to "
+                f"{clip.end_sec:g} s, expected {needed or 'more'}: correct its times or remove it"
+            )
+        return first, end
+
+
+# -------------------------------------------------------------------------------------- classifier
+
+
+class ClipClassifier(nn.Module):
+    """Classify clips by the snippet encoder and a linear layer: (B, 1, T, 3, H, W) -> (B, n)."""
+
+    def __init__(self, encoder, num_classes):
         super().__init__()
-        self.encoder, self.linear = encoder, nn.Linear(encoder.channels, classes)
+        self.encoder = encoder
+        self.linear = nn.Linear(encoder.channels, num_classes)
 
     def forward(self, frames):
         return self.linear(self.encoder(frames).mean(2))
 
 
-def phases(method, checkpoint):
-    """What is left to train when `checkpoint`, if any, replaces the training of all but the second phase. ValueError where it would pass for what it is not."""
-    if checkpoint and (method in PLAYS or method == "icp" and checkpoint != "torchvision"):
-        raise ValueError(f"pretrain.checkpoint {checkpoint} would replace the training that pretrain.method {method} asks for, under its name: set pretrain.checkpoint=null, "
-                         "or, if this encoder is what you want, pretrain.method=none")
-    return PHASES[method][1 if checkpoint else 0:]
+def classification_step(net, batch, autocast, generator=None):
+    """Run forward and backward of a batch; return {"loss", "accuracy"}. Nothing is drawn."""
+    with autocast():
+        logits = net(batch["frames"]).float()
+    loss = cross_entropy(logits, batch["label"])
+    loss.backward()
+    accuracy = (logits.argmax(1) == batch["label"]).float().mean()
+    return {"loss": loss.detach(), "accuracy": accuracy}
 
 
-def options_of(block, phase):
-    """The options of a phase from the config block `pretrain`: arrow and speed without a source of their own take ACP's clips."""
-    options = dict(block[phase.removesuffix("_background")])
-    if phase in PLAYS and options["source"] is None:
-        options |= {k: block["acp"][k] for k in ("source", "media")}
-    return options
+def held_out_accuracy(model, batches, clips, autocast, sum_over_ranks):
+    """Return a record of a trained classifier: numbers of clips and its accuracy.
 
-
-def clips_of(phase, options, target, snippets, say=print, subsets=("training", "validation")):
-    """Training and held-out clips and their classes: ([Clip], [Clip], [names]).
-
-    options: source and media. target(): (training, validation) videos with their media, for acp_plus. snippets: background shorter than 1 / snippets of its
-    video is none. subsets: names of the training and held-out subsets in an ActivityNet JSON; if it lacks them, training and validation. ValueError says what
-    a source lacks.
+    batches: this process' held-out ones, on the device. clips: a Clips. sum_over_ranks(tensor).
+    "top1" and "chance", the share of the most frequent class, are None without held-out clips.
     """
-    if phase.startswith("acp_plus"):
-        return segments_of(*target(), background=snippets if phase.endswith("background") else 0)
-    source = options["source"]
-    if source is None:
-        raise ValueError(f"pretrain.{phase}.source is not set: name a folder, a CSV or an ActivityNet JSON, or an encoder in pretrain.checkpoint")
-    if phase != "icp" and source.lower().endswith(".csv"):
-        clips = csv_clips(source, say)
-    elif phase != "icp" and source.lower().endswith(".json"):
-        folder, videos = options["media"] or f"{os.path.dirname(source) or '.'}/frames", data.load_annotations(source)
-        names = next((names for names in (subsets, ("training", "validation")) if set(names) <= set(videos)), None)
-        if names is None:
-            raise ValueError(f"pretrain.{phase}.source {source} has subsets {sorted(videos)}, expected {' and '.join(subsets)} (config keys data.train_subset, "
-                             "data.val_subset), or training and validation")
-        clips = segments_of(*(data.select(videos, name, folder, "frames", say) for name in names))
-    else:
-        suffix = (".jpg", ".jpeg", ".JPG", ".JPEG") if phase == "icp" else None
-        train, classes = data.list_clips(f"{source}/train", suffix)
-        clips = train, data.list_clips(f"{source}/val", suffix, classes)[0], classes
-    if phase in PLAYS:
-        return *([c._replace(label=i, play=play) for c in part for i, play in enumerate(PLAYS[phase])] for part in clips[:2]), list(PLAYS[phase])
-    return clips
-
-
-def segments_of(train, held_out, background=0):
-    """The segments of untrimmed videos as clips, by label; held-out ones of other labels are left out. background: n, for the stretches of at least 1 / n of
-    their video that no segment covers, as one more class."""
-    classes = data.class_names(train)
-    parts = []
-    for videos in (train, held_out):
-        clips = data.segment_clips(videos, None, classes)
-        if background and clips:  # without segments, nothing tells what is background
-            clips += [data.Clip(v.path, start * v.duration, end * v.duration, len(classes), v.duration)
-                      for v in videos for start, end in between(v.segments, 1 / background)]
-        parts.append(clips)
-    return *parts, classes + ["background"] * bool(background)
-
-
-def between(segments, least):
-    """[(start, end), ...] of at least `least`: what segments (N, 2) leave of [0, 1]."""
-    found, end = [], 0.0
-    for s, e in sorted(segments.tolist()) + [[1.0, 1.0]]:
-        if s - end >= least:
-            found.append((end, s))
-        end = max(end, e)
-    return found
-
-
-def csv_clips(path, say=print):
-    """Clips of a CSV file: ([training Clip], [held-out Clip], [names of the training clips' classes]).
-
-    Its first line names the columns: path (of a video file, a ZIP or a folder of frames; relative to the CSV's folder), label, and as wanted start and end
-    (seconds; empty: the whole clip) and split (train or val; without this column every clip trains). Files that are not there are counted, named and left out.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no CSV file {path}")
-    rows, missing = {"train": [], "val": []}, []
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f)
-        columns = reader.fieldnames or []
-        if not {"path", "label"} <= set(columns) <= set(CSV_COLUMNS) or len(set(columns)) < len(columns):
-            raise ValueError(f"{path}: the first line is {','.join(columns)!r}; it must name the columns: path, label and as wanted start, end, split")
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values() or not row["path"] or not row["label"]:
-                raise ValueError(f"{where}: expected {len(columns)} values, {', '.join(columns)}, of which path and label are not empty")
-            try:
-                start, end = float(row.get("start") or 0), float(row.get("end") or math.inf)
-            except ValueError:
-                start, end = math.nan, math.nan
-            if not 0 <= start < end:
-                raise ValueError(f"{where}: start {row.get('start')!r} and end {row.get('end')!r}; expected seconds, 0 <= start < end")
-            if row.get("split", "train") not in rows:
-                raise ValueError(f"{where}: split {row['split']!r}, expected train or val")
-            file = os.path.join(os.path.dirname(path), row["path"])
-            if os.path.exists(file):
-                rows[row.get("split", "train")].append((file, start, end, row["label"]))
-            else:
-                missing.append(row["path"])
-    if missing:
-        say(f"{path}: {len(missing)} files are not there and are left out: " + ", ".join(missing[:10]) + (" ..." if len(missing) > 10 else ""))
-    classes = sorted({label for *_, label in rows["train"]})
-    unknown = sorted({label for *_, label in rows["val"]} - set(classes))
-    if not classes or unknown:
-        raise ValueError(f"{path}: " + (f"held-out clips have labels that no training clip has: {unknown[:10]}" if classes else "not one training clip whose file is there"))
-    index = {c: i for i, c in enumerate(classes)}
-    return *([data.Clip(file, start, end, index[label]) for file, start, end, label in rows[split]] for split in ("train", "val")), classes
-
-
-def dry_run_phase(encoder, phase, options, *, size, process):
-    """Takes one training step of two random clips (BatchNorm wants more than one), and says shapes, parameters and memory. Classes: as many as ImageNet,
-    Kinetics-400 and ActivityNet have."""
-    classes = len(PLAYS.get(phase, ())) or {"icp": 1000, "acp": 400, "acp_plus": 200}.get(phase, 201)
-    model = Classifier(encoder, classes).to(process.device).train()
-    optimizer = engine.make_optimizer(model.parameters(), **{k: options[k] for k in ("optimizer", "lr", "momentum", "weight_decay")})
-    frames = torch.randint(0, 256, (2, 1, options["frames"], 3, size, size), dtype=torch.uint8, device=process.device)
-    with process.autocast():
-        logits = model(frames).float()
-    nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64, device=process.device)).backward()
-    optimizer.step()
-    process.say(f"{phase}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, clips {tuple(frames.shape)} -> {classes} classes, "
-                f"peak memory so far {engine.peak_memory_gb(process.device):.2f} GB")
-
-
-def train_classifier(encoder, clips, *, size, seed, options, name, folder, process, workers, save_sec=60.0, **views):
-    """Trains `encoder` in place on clips = (training, held out, classes); returns seconds and a record {"classes", "training_clips", "held_out_clips",
-    "top1": accuracy on the held-out clips, "chance": the share of their most frequent class; null without any, "seconds"}.
-
-    options: epochs, batch_size, frames and those of engine.fit. views: stride, crop and flip of data.ClipDataset.
-    """
-    together = len(PLAYS.get(name, ("one",)))  # both ways to play a clip in one batch, at one view (SpeedNet's same-batch training): else the clip's looks drown what tells them apart
-    train, held_out = (data.ClipDataset(c, frames=options["frames"], train=i == 0, seed=seed, together=together, **views) for i, c in enumerate(clips[:2]))
-    torch.manual_seed(data.seed_of(seed, name))
-    model, fidelity = Classifier(encoder, len(clips[2])).to(process.device), data.Fidelity("full", 1, size)
-
-    def step(net, batch, epoch, i):
-        torch.manual_seed(data.seed_of(seed, name, epoch, i, process.rank))  # of dropout and stochastic depth, if there is any
-        with process.autocast():
-            logits = net(batch["frames"]).float()
-        loss = nn.functional.cross_entropy(logits, batch["label"])
-        loss.backward()
-        return {"loss": loss.detach(), "accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
-
-    sampler = data.CyclicFidelitySampler(len(train), options["batch_size"], [fidelity], seed=data.seed_of(seed, name), rank=process.rank, world=process.world,
-                                         together=together)
-    seconds, _ = engine.fit(model, step, train, sampler, data.collate, options=options, name=name, folder=folder, process=process, workers=workers,
-                            save_sec=save_sec, training=data.fingerprint(clips[0]))
     model.eval()
-    right = torch.zeros(1, dtype=torch.float64)
-    with torch.no_grad(), process.autocast():
-        for batch in engine.batches(held_out, fidelity, 64, data.collate, name=f"{name} held out", process=process, workers=workers):
-            right += (model(batch["frames"]).argmax(1) == batch["label"]).sum().cpu()
-    right, total = (engine.mean_over_ranks(right.to(process.device)) * process.world).item(), len(held_out)
-    record = {"classes": len(clips[2]), "training_clips": len(train), "held_out_clips": total, "top1": None, "chance": None, "seconds": seconds}
-    if total:
-        record |= {"top1": right / total, "chance": max(torch.bincount(torch.tensor([c.label for c in clips[1]])).tolist()) / total}
-        process.say(f"{name}: top-1 accuracy on {total} held-out clips of {len(clips[2])} classes: {100 * record['top1']:.1f} % "
-                    f"(always the most frequent class: {100 * record['chance']:.1f} %)")
-    else:
-        process.say(f"{name}: no held-out clips of these {len(clips[2])} classes, no accuracy")
-    return seconds, record
+    device = next(model.parameters()).device
+    correct = torch.zeros(1, dtype=torch.float64, device=device)
+    with torch.no_grad(), autocast():
+        for batch in batches:
+            correct += (model(batch["frames"]).argmax(1) == batch["label"]).sum()
+    total = len(clips.val)
+    correct = sum_over_ranks(correct).item()
+    counts = torch.bincount(torch.tensor([clip.label for clip in clips.val], dtype=torch.int64))
+    return {
+        "classes": len(clips.classes),
+        "training_clips": len(clips.train),
+        "held_out_clips": total,
+        "top1": correct / total if total else None,
+        "chance": counts.max().item() / total if total else None,
+    }

@@ -1,63 +1,77 @@
-"""SoLa: a small residual network between frozen features and any localization head, trained without labels.
+"""SoLa: a small residual network between frozen features and any head, trained without labels.
 
-Kang et al., Soft-Landing Strategy for Alleviating the Task Discrepancy Problem in Temporal Action Localization Tasks, CVPR 2023.
-Training is Similarity Matching: neighbouring snippets shall look alike, distant ones apart, with the distance in time as the only teacher, and
-SimSiam's predictor and stop-gradient against collapse. The predictor is thrown away; the module stays in front of the head.
+Kang et al., Soft-Landing Strategy for Alleviating the Task Discrepancy Problem in Temporal Action
+Localization Tasks, CVPR 2023. Training is Similarity Matching: neighbouring snippets shall look
+alike, distant ones apart, with the distance in time as the only teacher, and SimSiam's predictor
+and stop-gradient against collapse. The predictor is thrown away; the module stays before the head.
 
-    x = features[:, :, start:start + 23]                                   # a subsequence, 23 consecutive snippets
-    z = sola(x, POSITIONS)                                                 # (B, C, 8)
-    loss = similarity_matching_loss(z, predictor, similarity_target(8))    # never below similarity_floor(similarity_target(8))
+    x = features[:, :, start:start + 23]  # a subsequence, 23 consecutive snippets
+    z = sola(x, [4, 6, 8, 10, 12, 14, 16, 18])  # (B, C, 8)
+    target = similarity_target(8)
+    loss = similarity_matching_loss(z, predictor, target)  # never below similarity_floor(target)
 
-Legend: B videos, C channels, L snippets, n gathered snippets, N segments. Features are (B, C, L).
+Legend: B videos, C channels, L snippets, n gathered snippets. Features are (B, C, L).
 """
-import torch
-from torch import nn
 
-SUBSEQUENCE, POSITIONS = 23, (4, 6, 8, 10, 12, 14, 16, 18)  # published: consecutive snippets a sample, and those of them that are compared
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class SoLa(nn.Module):
-    """x + tanh(alpha) f(x) on (B, C, L), any L; f: Conv1d(C -> hidden, kernel), ReLU, Conv1d(hidden, 1), ReLU, Conv1d(-> C, 1).
+    """x + tanh(alpha) f(x) on (B, C, L), any L; f is three convolutions and two ReLUs.
 
-    The gate alpha starts at 0, so that the module is the identity before training. The buffers `mean` and `std` (C,) standardize the input
-    where they are set: the similarity of features that share a large mean is close to 1 whatever they show. Until then they change nothing.
+    The gate alpha starts at 0, so that the module is the identity before training. The buffers
+    `mean` and `std` (C,) standardize the input where they are set: the similarity of features that
+    share a large mean is close to 1 whatever they show. Until then they change nothing.
     """
 
-    def __init__(self, channels, hidden=512, kernel=5):
+    def __init__(self, channels: int, hidden: int = 512, kernel: int = 5):
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel}: expected an odd number, so that a snippet stays in its place")
+            raise ValueError(f"kernel {kernel}: expected an odd number, to keep snippets in place")
         self.sizes = {"channels": channels, "hidden": hidden, "kernel": kernel}
-        self.f = nn.Sequential(nn.Conv1d(channels, hidden, kernel, padding=kernel // 2), nn.ReLU(),
-                               nn.Conv1d(hidden, hidden, 1), nn.ReLU(), nn.Conv1d(hidden, channels, 1))
+        self.f = nn.Sequential(
+            nn.Conv1d(channels, hidden, kernel, padding=kernel // 2),
+            nn.ReLU(),
+            nn.Conv1d(hidden, hidden, 1),
+            nn.ReLU(),
+            nn.Conv1d(hidden, channels, 1),
+        )
         self.alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
     @property
-    def gate(self):
-        """tanh(alpha), in (-1, 1): how much of f is in the output."""
+    def gate(self) -> Tensor:
+        """Return tanh(alpha), in (-1, 1): how much of f is in the output."""
         return self.alpha.tanh()
 
-    def standardized(self, x):
-        """What the module changes, (B, C, L): the input itself unless `mean` and `std` are set."""
+    def standardized(self, x: Tensor) -> Tensor:
+        """Return what the module changes, (B, C, L): x itself unless `mean` and `std` are set."""
         if x.ndim != 3 or x.shape[1] != len(self.mean):
-            raise ValueError(f"features of shape {tuple(x.shape)}, expected (B, {len(self.mean)}, L)")
+            raise ValueError(f"SoLa got {tuple(x.shape)}, expected (B, {len(self.mean)}, L)")
         return (x - self.mean[:, None]) / self.std[:, None]
 
-    def forward(self, x, positions=None):
-        """(B, C, L) -> (B, C, L), or (B, C, n) of the n snippets `positions` alone, which costs n / L of it: equal to forward(x)[:, :, positions]."""
-        x, f = self.standardized(x), self.f
+    def forward(self, x: Tensor, positions: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Map (B, C, L) to (B, C, L), or to its n snippets `positions` at n / L of the cost."""
+        x = self.standardized(x)
         if positions is None:
-            return x + self.gate * f(x)
-        k, positions = self.sizes["kernel"], torch.as_tensor(positions, device=x.device)
-        windows = (positions[:, None] + torch.arange(k, device=x.device)).flatten()  # what the first convolution sees of each, in padded snippets
-        h = nn.functional.pad(x, (k // 2, k // 2))[:, :, windows]  # (B, C, n k)
-        return x[:, :, positions] + self.gate * f[1:](nn.functional.conv1d(h, f[0].weight, f[0].bias, stride=k))
+            return x + self.gate * self.f(x)
+        # What the first convolution sees of each position, in snippets of the padded sequence.
+        kernel = self.sizes["kernel"]
+        positions = torch.as_tensor(positions, device=x.device)
+        windows = positions[:, None] + torch.arange(kernel, device=x.device)
+        h = F.pad(x, (kernel // 2, kernel // 2))[:, :, windows.flatten()]  # (B, C, n * kernel)
+        h = F.conv1d(h, self.f[0].weight, self.f[0].bias, stride=kernel)
+        return x[:, :, positions] + self.gate * self.f[1:](h)
 
     @classmethod
-    def load(cls, path):
-        """The module of a file {"model": state dict, "channels", "hidden", "kernel", ...}, ready for use: frozen, in evaluation mode."""
+    def load(cls, path: str | os.PathLike) -> "SoLa":
+        """Load {"model": state dict, "channels", "hidden", "kernel", ...}, ready for use."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         module = cls(saved["channels"], saved["hidden"], saved["kernel"])
         module.load_state_dict(saved["model"])
@@ -67,119 +81,103 @@ class SoLa(nn.Module):
 class Predictor(nn.Sequential):
     """SimSiam's predictor, (..., C) -> (..., C), for training only."""
 
-    def __init__(self, channels, hidden=512):
+    def __init__(self, channels: int, hidden: int = 512):
         super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
 
 
-# ---------------------------------------------------------------- similarity matching
+# ---------------------------------------------------------------------------- similarity matching
 
-def similarity_target(n, coefficient=16.0):
-    """How likely two of n gathered snippets are to look alike, (n, n) in (0.5, 1]: sigmoid(coefficient / (i - j)^2), and 1 for i = j.
 
-    The distance i - j is in gathered snippets: neighbours among POSITIONS are 1 apart.
-    """
+def similarity_target(n: int, coefficient: float = 16.0) -> Tensor:
+    """Return sigmoid(coefficient / (i - j)^2) of n gathered snippets i, j; (n, n), diagonal 1."""
     i = torch.arange(n, dtype=torch.float64)
-    return torch.sigmoid(coefficient / (i[:, None] - i).square()).float()  # 1 / 0 is inf, whose sigmoid is 1
+    return torch.sigmoid(coefficient / (i[:, None] - i).square()).float()  # 1 / 0 is inf
 
 
-def similarity_matching_loss(features, predictor, target, eps=1e-6):
-    """Mean binary cross-entropy between predicted similarities and `target`, a scalar.
+def similarity_matching_loss(
+    features: Tensor, predictor: Callable[[Tensor], Tensor], target: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """Return the mean binary cross-entropy between predicted similarities and `target`.
 
-    features (B, C, n), gathered module output; predictor: (B, n, C) -> (B, n, C); target (n, n) in [0, 1]. The predicted similarity of i and j is
-    (1 + cos(z_i, predictor(z_j))) / 2, where z_i is a constant (stop-gradient): only predictor(z_j) carries gradient. It is kept `eps` away from
-    0 and 1, and a zero vector has cosine 0 with everything, so that loss and gradient are finite.
+    features (B, C, n), gathered module output; predictor: (B, n, C) -> (B, n, C); target (n, n) in
+    [0, 1]. The predicted similarity of i and j is (1 + cos(z_i, predictor(z_j))) / 2, where z_i is
+    a constant (stop-gradient): only predictor(z_j) carries gradient. It is kept `eps` away from 0
+    and 1, and a zero vector has cosine 0 with everything, so that loss and gradient are finite.
     """
     z = features.transpose(1, 2)  # (B, n, C)
-    fixed = nn.functional.normalize(z.detach().float(), dim=2, eps=eps)
-    predicted = nn.functional.normalize(predictor(z).float(), dim=2, eps=eps)
+    fixed = F.normalize(z.detach().float(), dim=2, eps=eps)
+    predicted = F.normalize(predictor(z).float(), dim=2, eps=eps)
     with torch.autocast(z.device.type, enabled=False):  # half precision has no room for 1 - eps
         similar = ((1 + fixed @ predicted.transpose(1, 2)) / 2).clamp(eps, 1 - eps)  # (B, n, n)
     target = target.to(similar)
     return -(target * similar.log() + (1 - target) * (1 - similar).log()).mean()
 
 
-def similarity_floor(target):
-    """The loss where every predicted similarity equals its target, below which it cannot fall: the target's mean entropy, a scalar."""
+def similarity_floor(target: Tensor) -> Tensor:
+    """Return what the loss cannot fall below: the target's mean entropy."""
     return (torch.special.entr(target) + torch.special.entr(1 - target)).mean()
 
 
-def sample_subsequences(lengths, length=SUBSEQUENCE, *, generator=None):
-    """First snippet of one random subsequence a video, uniform over all that fit: (B,) int64 in [0, lengths - length].
+def sample_subsequences(
+    lengths: Sequence[int] | Tensor, length: int = 23, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw the first snippet of a random subsequence of each video, uniform over all that fit.
 
-    lengths: B numbers of snippets. ValueError if a video is shorter than `length`: leave such videos out beforehand.
+    lengths: B numbers of snippets, at least `length`. Returns (B,) int64 in [0, lengths - length].
     """
     lengths = torch.as_tensor(lengths)
     if (lengths < length).any():
-        raise ValueError(f"{int((lengths < length).sum())} of {len(lengths)} videos are shorter than a subsequence of {length} snippets, "
-                         f"the shortest has {int(lengths.min())}: leave them out, or take shorter subsequences")
-    starts = torch.rand(len(lengths), generator=generator, dtype=torch.float64) * (lengths - length + 1)
-    return starts.long()
+        shortest = int(lengths.min())
+        raise ValueError(f"a video has {shortest} snippets, a subsequence {length}: leave it out")
+    starts = torch.rand(len(lengths), generator=generator, dtype=torch.float64)
+    return (starts * (lengths - length + 1)).long()
 
 
-# ---------------------------------------------------------------- what training did to the features
+def spread(features: Tensor) -> Tensor:
+    """Return how far apart the directions of all snippets of a batch (B, C, L) lie, in [0, 1].
 
-def similarity_map(features):
-    """Cosine similarity of all pairs of snippets: (B, C, L) -> (B, L, L) in [-1, 1]; 0 for a zero vector."""
-    unit = nn.functional.normalize(features.float(), dim=1, eps=1e-6)
-    return unit.transpose(1, 2) @ unit
-
-
-def spread(features):
-    """How far apart the directions of all snippets of a batch (B, C, L) lie, a scalar in [0, 1].
-
-    The root mean square distance of the unit vectors from their mean: 0 where training has collapsed, 1 where the directions cancel out.
+    The root mean square distance of the unit vectors from their mean: 0 where training has
+    collapsed, 1 where the directions cancel out.
     """
-    unit = nn.functional.normalize(features.float(), dim=1, eps=1e-6)
+    unit = F.normalize(features.float(), dim=1, eps=1e-6)
     return (unit - unit.mean((0, 2), keepdim=True)).square().sum(1).mean().sqrt()
 
 
-def moving_average(features, taps=5):
-    """Each snippet replaced by the mean of the `taps` around it, as far as the video goes: (B, C, L) -> (B, C, L). What smoothing without learning brings."""
-    return nn.functional.avg_pool1d(features, taps, 1, taps // 2, count_include_pad=False)
+class SimilarityMatching(nn.Module):
+    """Put module and predictor behind one forward, for DDP."""
+
+    def __init__(
+        self, sola: SoLa, predictor: Predictor, positions: Sequence[int], coefficient: float = 16.0
+    ):
+        super().__init__()
+        self.sola = sola
+        self.predictor = predictor
+        self.register_buffer("positions", torch.tensor(positions), persistent=False)
+        target = similarity_target(len(positions), coefficient)
+        self.register_buffer("target", target, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map subsequences (B, C, length) to the loss and the gathered module output (B, C, n)."""
+        z = self.sola(x, self.positions)
+        return similarity_matching_loss(z, self.predictor, self.target), z
 
 
-def snippet_labels(segments, snippets):
-    """Whether the centre (i + 0.5) / L of each snippet lies in an action: segments (N, 2) in [0, 1] -> (L,) bool."""
-    centre = (torch.arange(snippets) + 0.5) / snippets
-    return ((segments[:, :1] <= centre) & (centre < segments[:, 1:])).any(0)
+def similarity_step(
+    net: nn.Module, batch: dict, autocast: Callable, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Run forward and backward of batch["features"] (B, C, length), subsequences.
 
-
-def auc(scores, labels):
-    """Area under the ROC curve, in [0, 1]: how often a positive scores above a negative, ties counting half. NaN without either. (N,), (N,) bool."""
-    labels = labels.bool()
-    positives, negatives = scores[labels], scores[~labels].sort().values
-    if not len(positives) or not len(negatives):
-        return float("nan")
-    below = torch.searchsorted(negatives, positives) + torch.searchsorted(negatives, positives, right=True)
-    return (below.double().mean() / (2 * len(negatives))).item()
-
-
-def fit_probe(features, labels, *, weight_decay=1e-3, iterations=200):
-    """A logistic regression of snippets, features (N, C) and labels (N,) bool; returns the function (M, C) -> logits (M,).
-
-    On features standardized by those given: full batch, L2 penalty weight_decay / 2 |w|^2, LBFGS to convergence, nothing random.
+    net: a SimilarityMatching, or DDP around one. autocast() is the context of the forward pass.
+    generator: unused, as nothing is drawn here. Returns detached scalars: loss, its floor, spread
+    of the module's output, the module's gate.
     """
-    mean, std = features.mean(0), features.std(0)
-    std = std.clamp(min=float(1e-3 * std.max() + 1e-12))  # a constant channel says nothing
-    x, y = (features - mean) / std, labels.to(features)
-    weight, bias = torch.zeros(x.shape[1]).to(x).requires_grad_(), torch.zeros(()).to(x).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=20, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(x @ weight + bias, y) + weight_decay / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    weight, bias = weight.detach(), bias.detach()
-    return lambda features: (features - mean) / std @ weight + bias
-
-
-def linear_probe(features, labels, held_out, held_out_labels, **options):
-    """How linearly an action can be told from background: {"accuracy", "auc", "background"} on held-out snippets, in [0, 1].
-
-    features (N, C) and labels (N,) bool, one row a snippet, train a probe (fit_probe, with its `options`); held_out (M, C) with
-    held_out_labels (M,) come from other videos. "background": what calling every held-out snippet background would reach, the accuracy to beat.
-    """
-    logits, truth = fit_probe(features, labels, **options)(held_out), held_out_labels.bool()
-    return {"accuracy": ((logits > 0) == truth).double().mean().item(), "auc": auc(logits, truth), "background": (~truth).double().mean().item()}
+    model = getattr(net, "module", net)
+    with autocast():
+        loss, z = net(batch["features"])
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        "floor": similarity_floor(model.target),
+        "spread": spread(z.detach()),
+        "gate": model.sola.gate.detach(),
+    }

@@ -1,116 +1,154 @@
-"""Speed and memory of the folded G-TAD and BMN heads against the materialising ones: same weights, same input, one run.
+"""Compare the folded G-TAD and BMN heads with the materialising ones: speed and memory.
 
-    python benchmarks/head.py                  # ActivityNet sizes; batch 4 on CPU, batch 16 on a GPU where there is one
-    python benchmarks/head.py --head bmn       # BMN, its release's sizes
-    python benchmarks/head.py --batch 1 --length 50 --repeats 9
+    python -m benchmarks.head                  # ActivityNet sizes; batch 4 on CPU, 16 on a GPU
+    python -m benchmarks.head --head bmn       # BMN, its release's sizes
+    python -m benchmarks.head --batch 1 --length 50 --repeats 9
 
-A step is forward, loss and backward. Times are medians over alternating steps after a warm-up. CPU memory is the growth
-of the resident set over one first step in a process of its own: activations, gradients and fixed interpolation weights.
+Same weights, same input, one run. A step is forward, loss and backward. Times are medians over
+alternating steps after a warm-up. CPU memory is the growth of the resident set over one first step
+in a process of its own: activations, gradients and fixed interpolation weights.
 """
+
 import argparse
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import engine  # noqa: E402
-from benchmarks import bmn_materialised, gtad_materialised  # noqa: E402
-from bmn import BMN  # noqa: E402
-from gtad import GTAD, loss_weights, losses, make_targets  # noqa: E402
+from benchmarks import bmn_materialised, gtad_materialised
+from bmn import BMN
+from checkpoint import machine_name, peak_memory_gb
+from gtad import GTAD, loss_weights, losses, make_targets
 
-HEADS = {"gtad": (GTAD, gtad_materialised.materialised, 512), "bmn": (BMN, bmn_materialised.materialised, 400)}
-WAYS = "folded", "materialised"
+CPU = torch.device("cpu")
+WAYS = ("folded", "materialised")
 
 
-def setup(args, device):
+@dataclass(frozen=True)
+class Head:
+    """A network, the same network materialising its map, and the release's channels."""
+
+    network: type
+    materialised: object
+    channels: int
+
+
+HEADS = {
+    "gtad": Head(GTAD, gtad_materialised.materialised, 512),
+    "bmn": Head(BMN, bmn_materialised.materialised, 400),
+}
+
+
+def make_step(args, device):
+    """Return step(way, dtype) -> (detached outputs, gradient of the input)."""
     torch.manual_seed(0)
-    make, materialised, _ = HEADS[args.head]
-    head = make(in_channels=args.channels).to(device)
+    head = HEADS[args.head].network(in_channels=args.channels).to(device)
     x = torch.randn(args.batch, args.channels, args.length, device=device, requires_grad=True)
-    targets = make_targets([torch.tensor([[0.2, 0.5], [0.6, 0.9]])] * args.batch, args.length, device=device)
+    segments = [torch.tensor([[0.2, 0.5], [0.6, 0.9]])] * args.batch
+    targets = make_targets(segments, args.length, device=device)
     weights = loss_weights(targets, generator=torch.Generator().manual_seed(0))
 
-    def step(name, dtype=torch.float32):
+    def step(way, dtype=torch.float32):
         head.zero_grad()
         x.grad = None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = head(x) if name == "folded" else materialised(head, x)
+            outputs = head(x) if way == "folded" else HEADS[args.head].materialised(head, x)
         terms = losses(*outputs, targets, weights)
         (terms["node"] + 10 * terms["regression"] + terms["classification"]).backward()
         return [output.detach() for output in outputs], x.grad
+
     return step
 
 
-def difference(step):
-    """Largest absolute difference of the outputs, and of the gradient by x relative to its largest entry."""
-    (first, gradient), (second, expected) = step("folded"), step("materialised")
-    return (max((a - b).abs().max().item() for a, b in zip(first, second)),
-            ((gradient - expected).abs().max() / expected.abs().max()).item())
+def print_difference(step):
+    """Print the largest difference of outputs, and of the gradient relative to its largest."""
+    outputs, gradient = step("folded")
+    expected, expected_gradient = step("materialised")
+    pairs = zip(outputs, expected, strict=True)
+    largest = max((a - b).abs().max().item() for a, b in pairs)
+    relative = (gradient - expected_gradient).abs().max() / expected_gradient.abs().max()
+    print(f"largest difference of outputs {largest:.1e}, of the gradient (relative) {relative:.1e}")
 
 
-def seconds(step, repeats, synchronise=lambda: None, **arguments):
-    """{name: (median, min, max) seconds}; the two alternate, so that a busy machine is busy for both."""
-    times = {name: [] for name in WAYS}
+def measure_times(step, repeats, synchronize=lambda: None, **options):
+    """Return {way: seconds of each repeat}.
+
+    The ways alternate, so that a busy machine is busy for both.
+    """
+    times = {way: [] for way in WAYS}
     for repeat in range(repeats + 1):
-        for name in WAYS:
-            synchronise()
+        for way in WAYS:
+            synchronize()
             begin = time.perf_counter()
-            step(name, **arguments)
-            synchronise()
+            step(way, **options)
+            synchronize()
             if repeat:
-                times[name].append(time.perf_counter() - begin)
-    return {name: (statistics.median(values), min(values), max(values)) for name, values in times.items()}
+                times[way].append(time.perf_counter() - begin)
+    return times
 
 
-def resident_growth(args, name):
-    """MB; in the child process."""
-    step = setup(args, torch.device("cpu"))
-    before = engine.peak_memory_gb(torch.device("cpu"))
-    step(name)
-    return (engine.peak_memory_gb(torch.device("cpu")) - before) * 1e9 / 2 ** 20
+def resident_growth_mb(args, way):
+    """Return how much this process, which has done nothing yet, grows in its first step."""
+    step = make_step(args, CPU)
+    before = peak_memory_gb(CPU)
+    step(way)
+    return (peak_memory_gb(CPU) - before) * 1e9 / 2**20
 
 
-def report(title, times, memory):
+def report(title, times, memory_mb):
     print(f"\n{title}\n{'':14}{'median s':>10}{'min':>9}{'max':>9}{'memory MB':>12}")
-    for name, (median, low, high) in times.items():
-        print(f"{name:14}{median:10.4f}{low:9.4f}{high:9.4f}{memory[name]:12.0f}")
-    faster, smaller = times["materialised"][0] / times["folded"][0], memory["materialised"] / memory["folded"]
+    medians = {}
+    for way, values in times.items():
+        medians[way] = statistics.median(values)
+        span = f"{min(values):9.4f}{max(values):9.4f}"
+        print(f"{way:14}{medians[way]:10.4f}{span}{memory_mb[way]:12.0f}")
+    faster = medians["materialised"] / medians["folded"]
+    smaller = memory_mb["materialised"] / memory_mb["folded"]
     print(f"{'ratio':14}{faster:10.1f}{'':18}{smaller:12.1f}")
 
 
-def on_cpu(args):
-    options = [f"--{key}={getattr(args, key)}" for key in ("head", "batch", "length", "channels", "threads")]
-    memory = {name: float(subprocess.run([sys.executable, __file__, "--memory", name, *options], check=True,
-                                         stdout=subprocess.PIPE, text=True).stdout) for name in WAYS}
-    step = setup(args, torch.device("cpu"))
-    print("largest difference of outputs %.1e, of the gradient (relative) %.1e" % difference(step))
-    times = seconds(step, args.repeats)
-    report(f"CPU, float32, batch {args.batch}, {torch.get_num_threads()} threads", times, memory)
+def run_on_cpu(args):
+    names = ("head", "batch", "length", "channels", "threads")
+    options = [f"--{name}={getattr(args, name)}" for name in names]
+    memory_mb = {}
+    for way in WAYS:
+        command = [sys.executable, "-m", "benchmarks.head", "--memory", way, *options]
+        memory_mb[way] = float(subprocess.check_output(command, text=True))
+    step = make_step(args, CPU)
+    print_difference(step)
+    times = measure_times(step, args.repeats)
+    title = f"CPU, float32, batch {args.batch}, {torch.get_num_threads()} threads"
+    report(title, times, memory_mb)
 
 
-def on_gpu(args):
+def run_on_gpu(args):
     device = torch.device("cuda")
-    torch.backends.cudnn.allow_tf32 = False                     # float32 is float32, for both
-    step = setup(args, device)
-    print("\n%s: largest difference of outputs %.1e, of the gradient (relative) %.1e"
-          % (torch.cuda.get_device_name(), *difference(step)))
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for both
+    step = make_step(args, device)
+    print(f"\n{machine_name(device)}")
+    print_difference(step)
     for dtype in (torch.float32, torch.bfloat16):
-        times, memory = seconds(step, args.repeats, torch.cuda.synchronize, dtype=dtype), {}
-        for name in WAYS:
+        times = measure_times(step, args.repeats, torch.cuda.synchronize, dtype=dtype)
+        memory_mb = {}
+        for way in WAYS:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            step(name, dtype)
-            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-        report(f"GPU, {str(dtype).removeprefix('torch.')}, batch {args.batch}", times, memory)
+            step(way, dtype)
+            memory_mb[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        name = str(dtype).removeprefix("torch.")
+        report(f"GPU, {name}, batch {args.batch}", times, memory_mb)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.head",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--head", choices=HEADS, default="gtad")
     parser.add_argument("--batch", type=int, help="videos; default 4 on CPU, 16 on GPU")
     parser.add_argument("--length", type=int, default=100, help="L, snippets a video")
@@ -119,22 +157,20 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.channels = args.channels or HEADS[args.head][2]
+    args.channels = args.channels or HEADS[args.head].channels
     torch.set_num_threads(args.threads)
     if args.memory:
-        print(resident_growth(args, args.memory))
+        print(resident_growth_mb(args, args.memory))
         return
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    models = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    cpu = f"{len(models)} x {models[0]}" if models else platform.processor()
-    print(f"{args.head} head, C = {args.channels}, L = D = {args.length}; "
-          f"python {platform.python_version()}, torch {torch.__version__}, {cpu}")
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{args.head} head, C = {args.channels}, L = D = {args.length}")
+    print(f"{versions}, {machine_name(CPU)}")
     batch = args.batch
     args.batch = batch or 4
-    on_cpu(args)
+    run_on_cpu(args)
     if torch.cuda.is_available():
         args.batch = batch or 16
-        on_gpu(args)
+        run_on_gpu(args)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,29 @@
+"""localizer.py: a training step, memory savers that leave the gradient as it is, proposals."""
+
 import pytest
 import torch
 
-import engine
 import gtad
-from localizer import Localizer, encode, train_step
+import localizer
+from localizer import Distributed, Localizer, extract_features, localization_step
 from tsm import TSM
 
-SIZES = dict(hidden=8, gcn_width=8, gcn_groups=2, inner_bins=4, context_bins=2, map_hidden=(8, 4))
+SIZES = {
+    "hidden": 8,
+    "gcn_width": 8,
+    "gcn_groups": 2,
+    "inner_bins": 4,
+    "context_bins": 2,
+    "map_hidden": (8, 4),
+}
 LOSS = {"node": 1, "regression": 10, "classification": 1}
-SEGMENTS = [torch.tensor([[0.0, 0.4]]), torch.tensor([[0.1, 0.6], [0.7, 1.0]]), torch.zeros(0, 2), torch.tensor([[0.25, 0.75]])]
+SEGMENTS = [
+    torch.tensor([[0.0, 0.4]]),
+    torch.tensor([[0.1, 0.6], [0.7, 1.0]]),
+    torch.zeros(0, 2),
+    torch.tensor([[0.25, 0.75]]),
+]
+HALF = Distributed(0, 1, torch.device("cpu"), "bfloat16")
 
 
 def model_and_batch(durations=None):
@@ -16,15 +31,20 @@ def model_and_batch(durations=None):
     encoder = TSM(width=8, maxpool=False, frozen_bn=True)
     for m in encoder.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5)
-    model = Localizer("gtad", {**SIZES, "durations": durations}, channels=64, encoder=encoder).double().train()
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    sizes = {**SIZES, "durations": durations}
+    model = Localizer("gtad", sizes, channels=64, encoder=encoder).double().train()
     frames = torch.randint(0, 256, (4, 8, 2, 3, 16, 16), dtype=torch.uint8)
     return model, {"frames": frames, "segments": SEGMENTS}
 
 
-def step(model, batch, **options):
+def step(model, batch, ddp=None, **options):
+    """Return the losses of a step and the gradients that it leaves."""
     model.zero_grad()
-    terms = train_step(model, batch, loss=LOSS, class_weight=1, generator=torch.Generator().manual_seed(1), shard=(0, 1), reduce=None, **options)
+    options = {"class_weight": 1, **options}
+    generator = torch.Generator().manual_seed(1)
+    terms = localization_step(model, batch, generator, loss=LOSS, options=options, ddp=ddp)
     return terms, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -35,79 +55,119 @@ def test_a_step_is_the_plain_backward_of_the_total_loss():
     targets = gtad.make_targets(SEGMENTS, 8)
     weights = gtad.loss_weights(targets, generator=torch.Generator().manual_seed(1))
     plain = gtad.losses(*model(batch["frames"])[:3], targets, weights)
-    (plain["node"] + 10 * plain["regression"] + plain["classification"]).backward()
+    total = plain["node"] + 10 * plain["regression"] + plain["classification"]
+    total.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(terms["loss"], (plain["node"] + 10 * plain["regression"] + plain["classification"]).detach())
+    torch.testing.assert_close(terms["loss"], total.detach())
 
 
-@pytest.mark.parametrize("options", [dict(accumulate=2), dict(accumulate=4), dict(chunk=3), dict(chunk=1), dict(chunk=8), dict(accumulate=2, chunk=5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2},
+        {"accumulate": 4},
+        {"chunk_snippets": 3},
+        {"chunk_snippets": 1},
+        {"chunk_snippets": 8},
+        {"accumulate": 2, "chunk_snippets": 5},
+    ],
+)
 @pytest.mark.parametrize("durations", [None, 5])
 def test_accumulation_and_chunks_leave_the_gradient_as_it_is(options, durations):
     model, batch = model_and_batch(durations)
     whole, expected = step(model, batch)
     terms, gradients = step(model, batch, **options)
-    for key in whole:
-        torch.testing.assert_close(terms[key], whole[key], rtol=1e-10, atol=1e-10)
+    for term in whole:
+        torch.testing.assert_close(terms[term], whole[term], rtol=1e-10, atol=1e-10)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0 or "context" in name or name.endswith("bias"), name
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_dropout_draws_the_same_in_both_passes_over_the_chunks():
-    class Noisy(torch.nn.Module):
-        def __init__(self, encoder):
-            super().__init__()
-            self.encoder, self.dropout, self.seen = encoder, torch.nn.Dropout(0.5), []
+class Noisy(torch.nn.Module):
+    """An encoder with dropout, which notes what it returned."""
 
-        def forward(self, frames):
-            x = self.dropout(self.encoder(frames))
-            self.seen.append(x.detach())
-            return x
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.dropout, self.seen = encoder, torch.nn.Dropout(0.5), []
+
+    def forward(self, frames):
+        x = self.dropout(self.encoder(frames))
+        self.seen.append(x.detach())
+        return x
+
+
+def test_dropout_draws_the_same_in_both_passes_over_the_chunks():
     model, batch = model_and_batch()
     model.encoder = Noisy(model.encoder)
-    step(model, batch, chunk=3)
+    step(model, batch, chunk_snippets=3)
     first, second = model.encoder.seen[:3], model.encoder.seen[3:]
-    assert (first[0] == 0).double().mean() > 0.4 and not torch.equal(first[0] == 0, first[1] == 0)
+    assert (first[0] == 0).double().mean() > 0.4
+    assert not torch.equal(first[0] == 0, first[1] == 0)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, dict(chunk=3)])
-def test_bfloat16_on_a_cpu_is_close_and_leaves_losses_gradients_and_features_in_float32(options):
+@pytest.mark.parametrize("options", [{}, {"chunk_snippets": 3}])
+def test_bfloat16_is_close_and_leaves_losses_gradients_and_features_in_float32(options):
     model, batch = model_and_batch()
     model.float()
-    batch["frames"] = torch.nn.functional.interpolate(batch["frames"].flatten(0, 2).float(), 32).byte().view(4, 8, 2, 3, 32, 32)
+    frames = torch.nn.functional.interpolate(batch["frames"].flatten(0, 2).float(), 32)
+    batch["frames"] = frames.byte().view(4, 8, 2, 3, 32, 32)
     whole, expected = step(model, batch)
-    half = engine.Process(0, 1, torch.device("cpu"), "bfloat16").autocast
-    terms, gradients = step(model, batch, autocast=half, **options)
-    assert all(v.dtype == torch.float32 for v in (*terms.values(), *gradients.values()))
-    for key in whole:
-        assert 0 < abs(terms[key] - whole[key]) < 0.05 * whole[key], key
-    one, two = (torch.cat([g.flatten() for g in gs.values()]) for gs in (gradients, expected))
+    terms, gradients = step(model, batch, ddp=HALF, **options)
+    assert {x.dtype for x in (*terms.values(), *gradients.values())} == {torch.float32}
+    for term in whole:
+        assert 0 < abs(terms[term] - whole[term]) < 0.05 * whole[term], term
+    one = torch.cat([g.flatten() for g in gradients.values()])
+    two = torch.cat([g.flatten() for g in expected.values()])
     assert torch.cosine_similarity(one, two, dim=0) > 0.98
-    one, two = encode(model.encoder, batch["frames"], 3, half), encode(model.encoder, batch["frames"], 3)
+    one = extract_features(model.encoder, batch["frames"], 3, HALF.autocast)
+    two = extract_features(model.encoder, batch["frames"], 3)
     assert one.dtype == two.dtype == torch.float32 and 0 < (one - two).norm() < 0.02 * two.norm()
+
+
+def test_precision_of_a_forward_pass():
+    cpu = torch.device("cpu")
+    conv, x = torch.nn.Conv1d(2, 2, 1), torch.randn(1, 2, 4)
+    dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    for precision, dtype in dtypes.items():
+        with Distributed(0, 1, cpu, precision).autocast():
+            assert conv(x).dtype == dtype
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_precision_of_a_forward_pass_on_a_gpu():
+    conv, x = torch.nn.Conv1d(2, 2, 1).cuda(), torch.randn(1, 2, 4).cuda()
+    dtypes = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    for precision, dtype in dtypes.items():
+        with localizer.autocast(x.device, precision):
+            assert conv(x).dtype == dtype
 
 
 def test_the_head_and_the_classifier_see_their_own_standardized_features():
     torch.manual_seed(0)
-    model = Localizer("gtad", SIZES, channels=8, classes=3)
-    model.mean[:], model.std[:], model.video_std[:] = torch.randn(8), torch.rand(8) + 0.5, torch.rand(8) + 0.1
+    model = Localizer("gtad", SIZES, channels=8, classes=["a", "b", "c"])
+    model.mean[:], model.std[:] = torch.randn(8), torch.rand(8) + 0.5
+    model.video_std[:] = torch.rand(8) + 0.1
     x = torch.randn(2, 8, 8)
     start, end, map, logits = model(x)
     again = model.head((x - model.mean[:, None]) / model.std[:, None])
     torch.testing.assert_close((start, end, map), again)
-    torch.testing.assert_close(logits, model.classifier((x.mean(2) - model.mean) / model.video_std))
+    expected = model.classifier((x.mean(2) - model.mean) / model.video_std)
+    torch.testing.assert_close(logits, expected)
 
 
 def test_the_classifier_is_trained_beside_the_head():
     torch.manual_seed(0)
-    model = Localizer("gtad", SIZES, channels=8, classes=3)
-    batch = {"features": torch.randn(4, 8, 8), "segments": SEGMENTS, "target": torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 0], [0, 0, 1]])}
+    model = Localizer("gtad", SIZES, channels=8, classes=["a", "b", "c"])
+    target = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 0], [0, 0, 1]])
+    batch = {"features": torch.randn(4, 8, 8), "segments": SEGMENTS, "target": target}
     terms, gradients = step(model, batch)
     log = model(batch["features"])[3].log_softmax(1)
-    expected = -(log[0, 0] + 0.5 * log[1, 0] + 0.5 * log[1, 1] + log[3, 2]) / 4  # a video without a class counts nothing
+    # A video without a class counts nothing.
+    expected = -(log[0, 0] + 0.5 * log[1, 0] + 0.5 * log[1, 1] + log[3, 2]) / 4
     torch.testing.assert_close(terms["class"], expected.detach())
     halves, again = step(model, batch, accumulate=2)
     torch.testing.assert_close(halves, terms)
@@ -116,24 +176,43 @@ def test_the_classifier_is_trained_beside_the_head():
 
 def test_bmn_scores_have_the_boundaries_in_them():
     torch.manual_seed(0)
-    model = Localizer("bmn", dict(hidden=8, map_hidden=(8, 4), samples=4), channels=8, classes=2).eval()
+    sizes = {"hidden": 8, "map_hidden": (8, 4), "samples": 4}
+    model = Localizer("bmn", sizes, channels=8, classes=["a", "b"]).eval()
     start, end, map, _ = model(torch.randn(1, 8, 8))
-    segments, scores, valid = model.proposals(start, end, map)
+    segments, scores, _ = model.proposals(start, end, map)
     s, e = (segments[0, 0] * 8).round().long().tolist()
-    torch.testing.assert_close(scores[0, 0], start[0, s] * end[0, min(e, 7)] * map[0, 0, e - s - 1, s] * map[0, 1, e - s - 1, s])
+    confidence = map[0, 0, e - s - 1, s] * map[0, 1, e - s - 1, s]
+    torch.testing.assert_close(scores[0, 0], start[0, s] * end[0, min(e, 7)] * confidence)
+
+
+def test_build_encoder_gives_each_network_its_own_sizes():
+    sizes = {"depth": 18, "shift_div": 4, "maxpool": False, "width": 8}
+    encoder = localizer.build_encoder("tsm", **sizes)
+    assert (encoder.channels, encoder.shift_div) == (64, 4)
+    encoder = localizer.build_encoder("r3d_18", **sizes)
+    assert encoder.name == "r3d_18" and encoder.channels == 64
+    with pytest.raises(ValueError, match="r9d"):
+        localizer.build_encoder("r9d")
+
+
+def test_only_the_main_process_logs(capsys):
+    for rank in (0, 1):
+        Distributed(rank, 2, torch.device("cpu")).log("loss", 0.5)
+    assert capsys.readouterr().out == "loss 0.5\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, dict(accumulate=2), dict(chunk=3)])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"chunk_snippets": 3}])
 def test_a_step_on_the_gpu_is_that_on_the_cpu(options):
     model, batch = model_and_batch()
     whole, expected = step(model, batch)
     model.cuda()
-    terms, gradients = step(model, {**batch, "frames": batch["frames"].cuda()}, **options)
-    for key in whole:
-        torch.testing.assert_close(terms[key].cpu(), whole[key], rtol=1e-6, atol=1e-8)
+    batch["frames"] = batch["frames"].cuda()
+    terms, gradients = step(model, batch, **options)
+    for term in whole:
+        torch.testing.assert_close(terms[term].cpu(), whole[term], rtol=1e-6, atol=1e-8)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name].cpu(), gradient, rtol=1e-5, atol=1e-8, msg=name)
     model.float()
-    terms, _ = step(model, {**batch, "frames": batch["frames"].cuda()}, autocast=lambda: torch.autocast("cuda", torch.bfloat16), **options)
+    terms, _ = step(model, batch, ddp=Distributed(0, 1, torch.device("cuda")), **options)
     assert terms["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.1)

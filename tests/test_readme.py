@@ -1,4 +1,5 @@
-"""What README.md says is so: its snippets run, its configuration reference is the code's, what it names exists."""
+"""What README.md says is so: its snippets run, and the files and config keys it names exist."""
+
 import os
 import re
 import subprocess
@@ -10,50 +11,71 @@ import torch
 import config
 import sola
 
-TEXT = open("README.md").read()
+with open("README.md", encoding="utf-8") as file:
+    TEXT = file.read()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+NO_KEYS = (".py", ".yaml", ".json", ".pt")
+MODULES = [re.search(r"from (\w+)", snippet).group(1) for snippet in SNIPPETS]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[re.search(r"from (\w+)", s).group(1) for s in SNIPPETS])
-def test_snippets_run_with_the_one_file_that_they_import(snippet, tmp_path):
-    """Copied into an empty folder, beside nothing. An expression at a line's end is followed by what it gives."""
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=MODULES)
+def test_a_snippet_runs_beside_the_one_file_that_it_imports(snippet, tmp_path):
     module = re.search(r"from (\w+)", snippet).group(1)
     if module == "localize":
         pytest.skip("needs a run and a video: tests/test_localize.py has these lines")
-    (tmp_path / f"{module}.py").write_text(open(f"{module}.py").read())
+    with open(f"{module}.py") as source:
+        (tmp_path / f"{module}.py").write_text(source.read())
     before = ""
-    if "SoLa.load(" in snippet:  # a trained module, and somebody else's head
-        path = tmp_path / re.search(r'SoLa.load\("(.*?)"', snippet).group(1)
+    loaded = re.search(r'SoLa.load\("(.*?)"', snippet)
+    if loaded:  # a trained module in front of another head
+        path = tmp_path / loaded.group(1)
         path.parent.mkdir(parents=True)
-        torch.save({"model": sola.SoLa(8).state_dict(), **sola.SoLa(8).sizes}, path)
+        module = sola.SoLa(8)
+        torch.save({"model": module.state_dict(), **module.sizes}, path)
         before = "import torch\nhead = torch.nn.Identity()\n"
-    done = subprocess.run([sys.executable, "-c", before + snippet], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    command = [sys.executable, "-c", before + snippet]
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
 def test_every_module_that_can_be_copied_has_a_snippet():
-    assert {"tsm", "gtad", "sola", "evaluate"} <= {re.search(r"from (\w+)", s).group(1) for s in SNIPPETS}
+    assert {"tsm", "gtad", "sola", "evaluate"} <= set(MODULES)
 
 
-def test_the_configuration_reference_is_the_codes():
-    reference = config.reference()
-    assert reference in TEXT, "README's configuration reference is not what `python config.py` prints"
-    rows = [line.split(" | ") for line in reference.splitlines()[2:]]
-    assert {row[0].strip("| `") for row in rows if row[1].strip()} >= {k for k in config.flat(config.read_yaml("configs/default.yaml")) if k.count(".") < 2}
-    lacking = [row[0] for row in rows if row[1].strip() and not row[2].strip(" |")]
-    assert not lacking, f"no meaning in configs/default.yaml beside {lacking}"
-
-
-def test_files_that_it_names_exist():
-    for path in set(re.findall(r"(?:configs|benchmarks|tests|docs)/[\w./]+\.(?:yaml|py|md|png)", TEXT)):
+def test_files_and_programs_that_it_names_exist():
+    folders = "configs|benchmarks|tests|docs|reproduce|tools"
+    for path in set(re.findall(rf"(?<!runs/)(?:{folders})/[\w./]+\.(?:yaml|py|md|png)", TEXT)):
         assert os.path.exists(path), path
     for command in set(re.findall(r"python (\w+\.py)", TEXT)):
         assert os.path.exists(command), command
+    for module in set(re.findall(r"python -m ((?:tools|reproduce)\.\w+)", TEXT)):
+        assert os.path.exists(f"{module.replace('.', '/')}.py"), module
 
 
-def test_every_key_that_it_sets_exists():
-    """`key.sub=value` and `key.sub: value` in the text."""
-    keys = config.flat(config.read_yaml("configs/default.yaml"))
-    blocks = {k.split(".")[0] for k in keys if "." in k}
-    for key in set(re.findall(r"\b((?:%s)\.[a-z_.]+)(?:=|: )" % "|".join(blocks), TEXT)):
-        assert key in keys or key.count(".") == 2 and key.rsplit(".", 1)[0].split(".")[0] in blocks, key
+def test_every_config_key_that_it_sets_exists():
+    keys = config.flatten(config.load_config("configs/default.yaml"))
+    blocks = {key.split(".")[0] for key in keys if "." in key}
+    named = re.findall(rf"\b((?:{'|'.join(blocks)})\.[a-z_]+(?:\.[a-z_]+)?)(?=[=:`])", TEXT)
+    named = {key for key in named if not key.endswith(NO_KEYS)}
+    known = {*keys, *(key.rpartition(".")[0] for key in keys)}
+    assert named <= known
+
+
+def test_every_key_of_the_default_config_is_explained():
+    with open("configs/default.yaml") as file:
+        lines = file.read().splitlines()
+    in_flow = 0
+    for line in lines:
+        is_flow = line.lstrip().startswith("{") or in_flow
+        in_flow = in_flow + line.count("{") - line.count("}")
+        key = re.match(r"\s*\w+:", line)
+        if key and not is_flow and " # " not in line:
+            # What needs no word of its own: blocks, and options that block lofi explains.
+            assert line.endswith(":") or line.strip().split(":")[0] in OBVIOUS, line
+
+
+OBVIOUS = (
+    *("epochs", "optimizer", "lr", "momentum", "weight_decay", "schedule"),
+    *("lr_step_epochs", "lr_gamma", "warmup_fraction", "clip_grad_norm", "standardize"),
+)

@@ -1,0 +1,178 @@
+"""Keep records of finished rows: FOLDER/results.json.gz, from which FOLDER/README.md is rendered.
+
+A record: toy, setting (null: none), seed, row, overrides (of --set), config (`comparable`); mAP
+{threshold: fraction} and average, the same with true classes (true_mAP, true); ar_auc; seconds;
+peak_memory_gb (on a CPU above idle_memory_gb, that of an idle process); parameters (of what it
+trained beside its head); top1; probe; class_source, device, machine, threads, torch, git, date.
+"""
+
+import contextlib
+import fcntl
+import functools
+import glob
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+
+import config
+import evaluate
+from checkpoint import RunFolder, load_json, load_state, write_atomic
+from media import InputError
+
+MARK = "<!-- made by python -m reproduce.tables -->"  # the first line of a report
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
+
+
+@contextlib.contextmanager
+def locked(path, wait=True):
+    """Hold a lock file; yield its descriptor, with which children hold it, too."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        reason = "in use by another reproduce.tables or by a run that one left behind"
+        reason = reason if isinstance(error, BlockingIOError) else error.strerror
+        raise InputError(f"{path}: {reason}; wait for it, or name another --runs") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def key_of(record):
+    """Return what tells a record from others."""
+    return record["toy"], record["setting"], record["seed"], record["row"]
+
+
+def read_records(folder):
+    """Return a folder's records {key: record}, none of a new one; InputError for other files."""
+    try:
+        if os.path.exists(f"{folder}/README.md"):
+            with open(f"{folder}/README.md", encoding="utf-8") as file:
+                if not file.readline().startswith(MARK):
+                    raise ValueError
+        if not os.path.exists(f"{folder}/results.json.gz"):
+            return {}
+        with gzip.open(f"{folder}/results.json.gz") as file:
+            return {key_of(record): record for record in json.load(file)[MARK]}
+    except (ValueError, KeyError, TypeError, OSError, EOFError):
+        raise InputError(
+            f"{folder}: README.md or results.json.gz is not of reproduce.tables: "
+            "name another --results"
+        ) from None
+
+
+def update(folder, render, record=None):
+    """Add a record, if given, to a folder's, then write its report, render(records).
+
+    Several programs may add to one folder at the same time; the same records give the same bytes.
+    """
+    with locked(f"{folder}/.results.lock"):
+        records = read_records(folder)
+        if record:
+            records[key_of(record)] = record
+            text = json.dumps({MARK: list(records.values())})
+            packed = gzip.compress(text.encode(), mtime=0)
+            write_atomic(f"{folder}/results.json.gz", lambda file: file.write(packed))
+        report = render(records).encode()
+        write_atomic(f"{folder}/README.md", lambda file: file.write(report))
+
+
+def comparable(cfg, device, toy):
+    """Return all that a result depends on but the seed, as plain flat data.
+
+    Left out are the folder and keys that may change between two starts of a run.
+    """
+    ignored = config.FREE_KEYS | {"seed", "out"}
+    flat = {key: value for key, value in config.flatten(cfg).items() if key not in ignored}
+    flat |= {f"toy.{knob}": value for knob, value in toy.items() if knob != "seed"}
+    if cfg.precision == "auto":
+        flat["precision"] = "bfloat16" if device == "cuda" else "float32"
+    return json.loads(json.dumps(flat | {"device": device}))
+
+
+def trained_parameters(run):
+    """Return the number of parameters that a run trained beside its head: encoder or SoLa."""
+    # The checkpoint of SoLa has the predictor, too.
+    paths = [f"{run.path}/sola/checkpoint.pt", run.sola]
+    paths += [run.encoder("lofi"), run.encoder("pretrain")]
+    for path in paths:
+        if os.path.exists(path):
+            state = load_state(path)["model"].items()
+            return sum(x.numel() for name, x in state if name.split(".")[-1] not in BUFFERS)
+    return 0
+
+
+def training_peak_gb(run):
+    """Return the peak memory of training anything beside the head; None if nothing was."""
+    peaks = []
+    for log in glob.glob("**/metrics.jsonl", root_dir=run.path, recursive=True):
+        if not log.startswith("head"):
+            with open(f"{run.path}/{log}") as file:
+                peaks += [json.loads(line)["peak_memory_gb"] for line in file]
+    return max(peaks, default=None)
+
+
+@functools.cache
+def idle_memory_gb():
+    """Return the memory of a process that has loaded all libraries: it is in each CPU run's."""
+    code = (
+        "import torch, lofi_tal, checkpoint; torch.ones(64, 64) @ torch.ones(64, 64);"
+        "print(checkpoint.peak_memory_gb(torch.device('cpu')))"
+    )
+    return float(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+
+def evaluate_true_classes(run, cfg):
+    """Evaluate a run's proposals, each under its video's true classes: localization alone."""
+    database = load_json(cfg.data.annotations)["database"]
+    detections = {}
+    for video, proposals in load_json(run.proposals)["results"].items():
+        labels = sorted({entry["label"] for entry in database[video]["annotations"]})
+        detections[video] = [p | {"label": label} for label in labels for p in proposals]
+    options = {"subset": cfg.data.val_subset, "thresholds": cfg.detect.tiou_thresholds}
+    return evaluate.evaluate(cfg.data.annotations, {"results": detections}, **options)
+
+
+def read_probe(run):
+    """Return what the linear probe of a SoLa run measured; it is made first if it is missing."""
+    path = f"{run.path}/sola/probe.json"
+    if not os.path.exists(path):
+        with open(f"{run.path}.log", "a") as log:
+            command = [sys.executable, "-m", "tools.probe_sola", run.path]
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        if status:
+            raise InputError(f"python -m tools.probe_sola {run.path} failed, see {run.path}.log")
+    return load_json(path)
+
+
+def make_record(cfg):
+    """Return the record of a finished run, but for what tells the row and its config."""
+    run = RunFolder(cfg.out)
+    metrics = load_json(run.metrics)
+    versions = load_json(run.versions)
+    true_classes = evaluate_true_classes(run, cfg)
+    idle_gb = 0.0 if versions["device"].startswith("cuda") else idle_memory_gb()
+    peak_gb = training_peak_gb(run)
+    tasks = load_json(run.accuracy)["tasks"] if os.path.exists(run.accuracy) else {}
+    top1 = [task["top1"] for task in tasks.values()]
+    return {
+        "mAP": metrics["mAP"],
+        "average": metrics["average_mAP"],
+        "true_mAP": true_classes["mAP"],
+        "true": true_classes["average_mAP"],
+        "ar_auc": metrics["AR"]["AUC"],
+        "seconds": metrics["seconds"],
+        "peak_memory_gb": None if peak_gb is None else max(peak_gb - idle_gb, 0.0),
+        "idle_memory_gb": idle_gb,
+        "parameters": trained_parameters(run),
+        "top1": top1[-1] if top1 else None,
+        "probe": read_probe(run) if "sola" in cfg.stages else None,
+        "class_source": metrics["class_source"],
+        "date": time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(run.metrics))),
+        **{key: versions.get(key) for key in ("device", "machine", "threads", "torch", "git")},
+    }

@@ -1,0 +1,373 @@
+"""Make the papers' tables in miniature: rows on toy data over several seeds, verdicts on claims.
+
+    python -m reproduce.tables                           the small toy, five seeds: hours
+    python -m reproduce.tables --tables 1 2 --seeds 21   some of it
+    python -m reproduce.tables --toy large --tables 1 2  for one GPU
+    python -m reproduce.tables --sensitivity             Table 1, one of the toy's knobs turned
+    python -m reproduce.tables --render                  only the report of what is recorded
+
+A seed draws data, encoders and heads. Each row is one run of lofi_tal.py; rows share what they have
+in common, such as the ACP encoder, and run side by side, each with its GPU or its share of cores.
+Rerun the same command to resume: what has a record, or a finished run, of the same config is done.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import yaml
+from tools.jobs import available_cores
+
+import config
+from checkpoint import RunFolder, load_json
+from media import InputError
+from reproduce import report, results
+from tools.make_toy import Toy, make_toy
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Name a row of a seed, in a setting or in none; row "data" makes the data of all others.
+
+    acp: the folder of runs with the seed's ACP encoder.
+    """
+
+    setting: str | None
+    seed: int
+    row: str
+    data: str
+    runs: str
+    acp: str
+
+    def __str__(self):
+        return f"seed {self.seed} {self.row}" + (f" ({self.setting})" if self.setting else "")
+
+    @property
+    def run(self):
+        return RunFolder(f"{self.runs}/{self.row}")
+
+    @property
+    def log(self):
+        return f"{self.run.path}.log"
+
+    def is_done(self):
+        """Return whether what it makes is there."""
+        return os.path.exists(f"{self.data}/toy.json" if self.row == "data" else self.run.metrics)
+
+
+class Plan:
+    """Hold what the arguments ask for: jobs {(setting, seed, row): Job}, in order of preference."""
+
+    def __init__(self, args, study):
+        toy = study.toys[args.toy]
+        self.args = args
+        self.study = study
+        self.config_file = f"{config.HERE}/configs/{toy['config']}"
+        cfg = config.load_config(self.config_file, args.set)
+        self.gpus = visible_gpus(cfg)
+        self.device = "cuda" if self.gpus else "cpu"
+        self.sizes = {"quarter": max(cfg.video.snippets // 4, 1), "twice": 2 * cfg.lofi.epochs}
+        knobs = {}
+        for word in args.knob:
+            name, _, value = word.partition("=")
+            knobs[name] = yaml.safe_load(value)
+        defaults = Toy(**toy["knobs"]).settings()
+        defaults = {name: defaults[name] for name in defaults.keys() - {"seed", "version"}}
+        self.toy = Toy(**config.merge(defaults, knobs, "--knob "))
+        # Another toy has a name, folders and records of its own.
+        texts = sorted(word.replace(" ", "") for word in args.knob)
+        self.label = " ".join([args.toy, *texts])
+        suffix = "".join(f"-{text}" for text in texts).translate(str.maketrans(",", "_", "=[]"))
+        self.data = args.data or f"data/{toy['folder']}{suffix}"
+        self.runs = args.runs or f"runs/{toy['folder']}{suffix}"
+
+        tables = args.tables or ([] if args.sensitivity else list(study.tables))
+        seeds = (args.seeds or toy["seeds"]) if tables else []
+        extra = args.sensitivity_seeds if args.sensitivity else []
+        if len({*seeds, *extra}) > 1 and not ("{seed}" in self.data and "{seed}" in self.runs):
+            raise InputError(f"{self.data} and {self.runs}: several seeds need {{seed}} in both")
+        self.jobs = {}
+        for table in tables:
+            for seed in seeds:
+                self._add(None, seed, study.tables[table]["rows"])
+        for setting in [None, *study.settings]:
+            for seed in extra:
+                self._add(setting, seed, study.compared)
+
+    def _add(self, setting, seed, rows):
+        data, runs = (folder.format(seed=seed) for folder in (self.data, self.runs))
+        suffix = "-" + setting.translate(str.maketrans(" ", "_", "()")) if setting else ""
+        for row in ["data", *(rows if setting else report.with_needs(rows, self.study.needs))]:
+            job = Job(setting, seed, row, data + suffix, runs + suffix, runs)
+            self.jobs.setdefault((setting, seed, row), job)
+
+    def needs(self, job):
+        """Return the jobs that must be done before this one."""
+        rows = ["acp"] if job.setting else self.study.needs.get(job.row, [])
+        if job.is_done():  # and only to be recorded, with mAP under the true classes of its data
+            rows = []
+        keys = [(job.setting, job.seed, "data"), *((None, job.seed, row) for row in rows)]
+        return {self.jobs[key] for key in keys} if job.row != "data" else set()
+
+    def overrides(self, job):
+        """Return a row's config overrides, "key=value"."""
+        rows = self.study.rows | (self.study.rows_in_settings if job.setting else {})
+        names = dataclasses.asdict(job) | self.sizes
+        words = []
+        for key, value in (self.study.every_row | rows[job.row]).items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(f"{key}={text.format(**names)}")
+        return words + self.args.set
+
+    def config(self, job):
+        """Return a row's config."""
+        return config.load_config(self.config_file, self.overrides(job))
+
+    def comparable(self, job):
+        """Return what a row's record is compared by: its config, with folders by their role."""
+        acp = "ACP" if job.setting else "RUNS"
+        role = dataclasses.replace(job, seed=0, data="DATA", runs="RUNS", acp=acp)
+        return results.comparable(self.config(role), self.device, self.toy_of(role).settings())
+
+    def toy_of(self, job):
+        """Return the toy of a job's seed and setting."""
+        knobs = {"seed": job.seed}
+        if job.setting:
+            knobs |= {"clips": 1, "stills": 1} | self.study.settings[job.setting]
+        for name, value in knobs.items():
+            if isinstance(value, str):  # x2: twice the toy's own
+                knobs[name] = int(getattr(self.toy, name) * float(value[1:]))
+        return dataclasses.replace(self.toy, **knobs)
+
+    def command(self, job):
+        """Return the command of a job; it does nothing if the job is only to be recorded."""
+        if job.row == "data":
+            command = [sys.executable, "-m", "tools.make_toy", "--out", job.data]
+            for name, value in dataclasses.asdict(self.toy_of(job)).items():
+                values = value if isinstance(value, (list, tuple)) else [value]
+                command += [f"--{name.replace('_', '-')}", *map(str, values)]
+            return command
+        if job.is_done():
+            return [sys.executable, "-c", ""]
+        script = [sys.executable, f"{config.HERE}/lofi_tal.py", "--cfg", self.config_file]
+        return [*script, "--set", *self.overrides(job)]
+
+
+def visible_gpus(cfg, environment=os.environ):
+    """Return the GPUs to hand out, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    if cfg.device == "cpu":
+        return []
+    count = torch.cuda.device_count()
+    names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return [name.strip() for name in names.split(",") if name.strip()][:count]
+
+
+def job_environment(slot, slots, gpus, environment=os.environ):
+    """Return the environment of a job: its GPU, or its share of the cores unless that is set."""
+    if gpus:
+        return environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+    return {"OMP_NUM_THREADS": str(max(available_cores() // slots, 1))} | dict(environment)
+
+
+def check_consistent(plan, records):
+    """Raise InputError for a record or a run that was made otherwise than is asked for now."""
+    rows = {(plan.label, job.setting, job.row): job for job in plan.jobs.values()}
+    expected = {}
+    for (toy, setting, _, row), record in records.items():  # of all seeds: one mean
+        job = rows.get((toy, setting, row))
+        if job and job not in expected:
+            expected[job] = plan.comparable(job)
+        if job:
+            lines = config.differences(record["config"], expected[job], set())
+            refuse(f"{plan.args.results} has another {row} of toy {toy}:", lines)
+    for job in plan.jobs.values():
+        if job.row == "data" and job.is_done():
+            make_toy(job.data, plan.toy_of(job))  # raises InputError if it is another toy
+        elif job.is_done():
+            old = config.saved_config(job.run.path)
+            lines = config.differences(old, plan.config(job), config.FREE_KEYS)
+            device = load_json(job.run.versions)["device"].partition(":")[0]
+            if device != plan.device:
+                lines.append(f"  device: {device!r} there, {plan.device!r} now")
+            refuse(f"{job.run.path} has another {job.row} than is asked for:", lines)
+
+
+def refuse(what, differences):
+    """Raise InputError if there are any differences."""
+    if differences:
+        raise InputError("\n".join([what, *differences, "name another --runs and --results"]))
+
+
+def pending_jobs(plan, records):
+    """Return the jobs to run: rows without a record, and what they need."""
+    pending, needed = set(), set()
+    for key, job in reversed(plan.jobs.items()):  # each comes after what it needs
+        is_recorded = job.row == "data" or (plan.label, *key) in records
+        if not is_recorded or (job in needed and not job.is_done()):
+            pending.add(job)
+            needed |= plan.needs(job)
+    return pending
+
+
+def schedule(waiting, start, end, slots, pause_sec=0.2):
+    """Run jobs side by side, at most `slots`; return those that failed.
+
+    waiting: {job: jobs that it needs}, in order of preference, each after what it needs; what needs
+    one that failed counts as failed. start(job, slot) -> a Popen; end(job, status, elapsed_sec) ->
+    whether it went well. An exception, as Ctrl-C, interrupts what runs and waits for it.
+    """
+    waiting = dict(waiting)
+    running, failed = {}, []
+    try:
+        while waiting or running:
+            for job, needs in list(waiting.items()):
+                free = set(range(slots)) - {slot for _, slot, _ in running.values()}
+                if needs & set(failed):
+                    failed.append(job)
+                    del waiting[job]
+                elif free and not needs & (waiting.keys() | running.keys()):
+                    del waiting[job]
+                    running[job] = (start(job, min(free)), min(free), time.monotonic())
+            for job, (process, _, started) in list(running.items()):
+                status = process.poll()
+                if status is not None:
+                    del running[job]
+                    if not end(job, status, time.monotonic() - started):
+                        failed.append(job)
+            time.sleep(pause_sec if running else 0)
+    finally:
+        for process, *_ in running.values():
+            process.send_signal(signal.SIGINT)
+        for process, *_ in running.values():
+            process.wait()
+    return failed
+
+
+class Campaign:
+    """Make what is not there yet, keep records, print progress."""
+
+    def __init__(self, plan, render, descriptors):
+        self.plan = plan
+        self.update = functools.partial(results.update, plan.args.results, render)
+        self.descriptors = descriptors
+        self.slots = plan.args.jobs or len(plan.gpus) or min(available_cores(), 4)
+        self.elapsed_sec = []
+
+    def run(self):
+        """Run all pending jobs; return the exit status."""
+        records = results.read_records(self.plan.args.results)
+        check_consistent(self.plan, records)
+        pending = pending_jobs(self.plan, records)
+        jobs = self.plan.jobs.values()
+        self.count = len(pending)
+        print(f"{self.count} of {len(jobs)} jobs to run, {self.slots} at once", flush=True)
+        waiting = {job: self.plan.needs(job) & pending for job in jobs if job in pending}
+        failed = schedule(waiting, self.start, self.end, self.slots)
+        self.update()
+        for job in failed:
+            print(f"failed, or needs one that did: {job}, see {job.log}", file=sys.stderr)
+        return int(bool(failed))
+
+    def report(self, job, message):
+        print(f"[{len(self.elapsed_sec)}/{self.count}] {job}: {message}", flush=True)
+
+    def start(self, job, slot):
+        """Start a job, in a session of its own: Ctrl-C reaches it through `schedule` alone."""
+        command = self.plan.command(job)
+        environment = job_environment(slot, self.slots, self.plan.gpus)
+        gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if self.plan.gpus else ""
+        self.report(job, f"started{gpu}")
+        with open(job.log, "a") as log:
+            print("$", shlex.join(command), file=log, flush=True)
+            output = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            locks = {"start_new_session": True, "pass_fds": self.descriptors}
+            return subprocess.Popen(command, env=environment, **output, **locks)
+
+    def end(self, job, status, elapsed_sec):
+        """Record a finished row; return whether the job did what it should."""
+        try:
+            if status or not job.is_done():
+                raise InputError(f"status {status}, see {job.log}")
+            result = "" if job.row == "data" else f", mAP {100 * self.record(job):.2f} %"
+        except config.INPUT_ERRORS as error:
+            self.report(job, f"FAILED: {error}")
+            return False
+        self.elapsed_sec.append(elapsed_sec)
+        mean_sec = sum(self.elapsed_sec) / len(self.elapsed_sec)
+        remaining = mean_sec * (self.count - len(self.elapsed_sec)) / self.slots / 60
+        self.report(job, f"{elapsed_sec:.0f} s{result}; about {remaining:.0f} min remaining")
+        return True
+
+    def record(self, job):
+        """Add a finished row to the records; return its average mAP."""
+        labels = {"toy": self.plan.label, "setting": job.setting, "seed": job.seed, "row": job.row}
+        labels |= {"overrides": self.plan.args.set, "config": self.plan.comparable(job)}
+        labels["precision"] = labels["config"]["precision"]
+        record = labels | results.make_record(self.plan.config(job))
+        self.update(record)
+        return record["average"]
+
+
+def parse_args(study, argv=None):
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    several = {"nargs": "+", "default": [], "action": "extend"}
+    add("--tables", nargs="+", choices=list(study.tables), help="all, but with --sensitivity none")
+    add("--toy", default="small", choices=list(study.toys))
+    add("--seeds", nargs="+", type=int, help="those of the toy in tables.yaml")
+    add("--knob", **several, metavar="NAME=VALUE", help="another toy, as near=0.5, kept apart")
+    add("--sensitivity", action="store_true", help="Table 1 with one knob turned at a time")
+    add("--sensitivity-seeds", nargs="+", type=int, default=[21, 22, 23])
+    add("--data", help="folder of the toy data, made if missing (data/toy-{seed})")
+    add("--runs", help="folder of the runs, one a row (runs/toy-{seed})")
+    add("--set", **several, metavar="KEY=VALUE", help="change config keys of all rows")
+    add("--jobs", type=int, help="rows at once (the number of GPUs, or of cores, up to 4)")
+    add("--results", default="runs/reproduce", help="folder of README.md and results.json.gz")
+    add("--render", action="store_true", help="only write the report from the records")
+    args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        raise InputError(f"--jobs is {args.jobs}, expected at least 1")
+    return args
+
+
+def main(argv=None):
+    """Run the program; return its exit status."""
+    with config.one_line_errors("reproduce.tables"), contextlib.ExitStack() as locks:
+        study = report.load_study()
+        args = parse_args(study, argv)
+        plan = Plan(args, study)
+        # The authors' remarks speak of the project's own results.
+        ours = os.path.realpath(args.results) == report.HERE
+        shown = {plan.label: args.tables or ()}
+        render = functools.partial(report.render, study=study, with_notes=ours, shown=shown)
+        status = 0
+        if not args.render:
+            folders = sorted({job.runs for job in plan.jobs.values()})
+            paths = [f"{folder}/.tables.lock" for folder in folders]
+            held = [locks.enter_context(results.locked(path, wait=False)) for path in paths]
+            status = Campaign(plan, render, held).run()
+        elif os.path.exists(f"{args.results}/results.json.gz"):
+            results.update(args.results, render)
+        else:
+            raise InputError(f"no file {args.results}/results.json.gz to render")
+        print(f"{args.results}/README.md written")
+        return status
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
+            signal.signal(number, signal.default_int_handler)
+    sys.exit(main())

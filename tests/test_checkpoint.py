@@ -1,0 +1,385 @@
+"""checkpoint.py and the training loop around it, on a linear problem and in real processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import lofi_tal
+from config import Config
+from localizer import Distributed
+from media import InputError
+
+ALONE = Distributed(0, 1, torch.device("cpu"))
+FIDELITY = [data.Fidelity("S", 1, 1)]
+OPTIONS = {
+    "epochs": 4,
+    "batch_size": 4,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "schedule": "step",
+    "lr_step_epochs": 2,
+    "lr_gamma": 0.5,
+}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Points of a linear problem; with an epoch's random noise on each."""
+
+    def __init__(self, n=20, mark="row"):
+        self.x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+        self.videos = [data.Video(f"{mark}{i}", 1.0, np.zeros((0, 2)), ()) for i in range(n)]
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch):
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, pair):
+        i, _ = pair
+        generator = torch.Generator().manual_seed(data.seed_of(int(self.epoch), i))
+        x = self.x[i] + 0.1 * torch.randn(3, generator=generator)
+        return {"name": self.videos[i].name, "x": x, "y": self.x[i].sum()}
+
+
+def linear():
+    return torch.nn.Linear(3, 1)
+
+
+def train(folder, at=None, make=linear, dataset=None, ddp=ALONE, workers=0, **changes):
+    """Train make() in `folder`. at: {(epoch, step): action on the model, which may change a loss}.
+
+    changes: of OPTIONS, and checkpoint_sec.
+    """
+    torch.manual_seed(0)
+    model = make()
+    fields = {"seed": 0, "out": str(folder), "data": Config(workers=workers), "log_every": 2}
+    cfg = Config(fields, checkpoint_sec=changes.pop("checkpoint_sec", 60))
+    actions = {data.seed_of(0, "test", *place): action for place, action in (at or {}).items()}
+
+    def step(net, batch, generator):
+        loss = (net(batch["x"])[:, 0] - batch["y"]).square().mean()
+        loss.backward()
+        action = actions.get(generator.initial_seed())
+        factor = action(model) if action else None
+        return {"loss": loss.detach() * (factor or 1)}
+
+    dataset = dataset or Rows()
+    options = OPTIONS | changes
+    seconds = lofi_tal.train(model, dataset, FIDELITY, step, "test", options, cfg, ddp)
+    return model, seconds
+
+
+def terminate(model):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def spoil_gradient(model):
+    model.bias.grad.fill_(math.inf)
+
+
+def lines_of(folder):
+    with open(f"{folder}/test/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def same_weights(one, two):
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    model, _ = train(folder)
+    return model, lines_of(folder)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def test_training_writes_a_line_an_epoch(tmp_path, capsys, whole):
+    model, seconds = train(tmp_path, workers=1)
+    history = lines_of(tmp_path)
+    assert same_weights(model, whole[0])  # the number of workers changes nothing
+    assert history[-1]["loss"] < 0.3 < 1.8 < history[0]["loss"] and seconds > 0
+    assert [r["epoch"] for r in history] == [1, 2, 3, 4]
+    assert [r["lr"] for r in history] == [0.1, 0.1, 0.05, 0.05]
+    assert all(r["videos_per_sec"] > 0 and r["peak_memory_gb"] > 0 for r in history)
+    saved = checkpoint.load_checkpoint(f"{tmp_path}/test/checkpoint.pt")
+    assert saved["history"] == history and saved["config"]["config"]["log_every"] == 2
+    log = capsys.readouterr().out
+    assert log.startswith("test 1/4: after the first step, peak memory 0.")
+    assert log.count(", step 2/5: fidelity S, lr 0.1, loss ") == 2  # epochs 1 and 2
+    assert log.count(", step 4/5: ") == 4 and log.count("/4: fidelity S, lr") == 4
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 4), (3, 4)])
+def test_a_stopped_run_resumes_to_the_same_weights_and_log(tmp_path, whole, place):
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, {place: terminate})
+    assert stopped.value.code == 128 + signal.SIGTERM
+    resumed, _ = train(tmp_path)
+    assert same_weights(resumed, whole[0])
+    drop = {"seconds", "videos_per_sec", "peak_memory_gb"}
+    for one, two in zip(lines_of(tmp_path), whole[1], strict=True):
+        assert {k: one[k] for k in one.keys() - drop} == {k: two[k] for k in two.keys() - drop}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+
+
+def test_the_seconds_of_all_starts_are_added_up(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(1, 2): lambda model: time.sleep(0.5) or terminate(model)})
+    assert train(tmp_path)[1] > 0.5
+
+
+def test_training_does_not_resume_on_other_data(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(1, 2): terminate})
+    with pytest.raises(InputError, match=r"checkpoint.pt was trained on other data: .*'count': 20"):
+        train(tmp_path, dataset=Rows(mark="other"))
+    train(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_videos(tmp_path):
+    pattern = r"test 2/4, step 3, S: loss nan.*not finite\n.*: row\d+, row\d+, row\d+, row\d+;"
+    with pytest.raises(InputError, match=pattern):
+        train(tmp_path, {(1, 2): lambda model: math.nan})
+
+
+@pytest.mark.parametrize("clip_grad_norm", [0, 5])
+def test_a_gradient_that_is_not_finite_reaches_no_weights(tmp_path, clip_grad_norm):
+    clip = {"clip_grad_norm": clip_grad_norm}
+    with pytest.raises(InputError, match=r"test 2/4, step 3, .*gradient norm inf .*\n.*row\d+"):
+        train(tmp_path, {(1, 2): spoil_gradient}, checkpoint_sec=0, **clip)  # saves each step
+    state = torch.load(tmp_path / "test/checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+    resumed, _ = train(tmp_path, **clip)
+    undisturbed, _ = train(tmp_path / "whole", **clip)
+    assert same_weights(resumed, undisturbed)
+
+
+def test_the_gradient_norm_is_clipped(tmp_path):
+    options = {"clip_grad_norm": 1e-3, "epochs": 1, "momentum": 0, "weight_decay": 0}
+    model, _ = train(tmp_path, **options)
+    torch.manual_seed(0)
+    moved = [a - b for a, b in zip(model.parameters(), linear().parameters(), strict=True)]
+    assert 4e-4 < torch.nn.utils.get_total_norm(moved) < 5.001e-4  # 5 steps at lr 0.1
+    assert lines_of(tmp_path)[0]["gradient_norm"] > 0.5  # before clipping
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole, capsys):
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(1, 2): terminate})
+    path = tmp_path / "test/checkpoint.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    log = []
+    assert checkpoint.load_checkpoint(path, log.append)["epoch"] == 1
+    assert "checkpoint.pt cannot be read" in log[0]
+    resumed, _ = train(tmp_path)
+    assert "checkpoint.pt cannot be read" in capsys.readouterr().out
+    assert same_weights(resumed, whole[0])
+    for torn in (path, f"{path}.previous"):
+        with open(torn, "wb") as file:
+            file.write(b"torn")
+    with pytest.raises(InputError, match=r"checkpoint\.pt can be read"):
+        checkpoint.load_checkpoint(path, log.append)
+    assert checkpoint.load_checkpoint(tmp_path / "none.pt") is None
+
+
+def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
+    """Through torchrun; the gradients of a mean loss are averaged over ranks."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = [{os.path.dirname(__file__)!r}, {os.getcwd()!r}]
+        import torch
+        import data, lofi_tal, test_checkpoint
+        from config import Config
+
+        out = {str(tmp_path)!r}
+        ddp = lofi_tal.setup_distributed(Config(device="cpu", precision="auto"))
+        model, _ = test_checkpoint.train(out + "/two", ddp=ddp)
+        mean = ddp.mean_of({{"rank": ddp.rank}})
+        batches = data.iterate(test_checkpoint.Rows(5), None, 2, **ddp.place)
+        names = sum((batch["name"] for batch in batches), [])
+
+        def normed():
+            return torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+
+        norm, _ = test_checkpoint.train(out + "/norm", ddp=ddp, make=normed)
+        norms = ddp.gather(norm[0].running_mean)
+        found = {{"weights": model.state_dict(), "mean": mean, "norms": norms}}
+        found["names"] = sum(ddp.gather(names), [])
+        if ddp.is_main:
+            torch.save(found, out + "/out.pt")
+        ddp.close()
+    """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*command, script], check=True, timeout=120, capture_output=True, env=ENV)
+    out = torch.load(tmp_path / "out.pt")
+    for name, value in whole[0].state_dict().items():
+        torch.testing.assert_close(out["weights"][name], value, rtol=1e-5, atol=1e-6)
+    assert out["mean"] == {"rank": 0.5}
+    assert sorted(out["names"]) == [f"row{i}" for i in range(5)]  # each sample once
+    # Each process saw other rows, and all go on with the statistics that are saved.
+    saved = torch.load(tmp_path / "norm/test/checkpoint.pt")["model"]["0.running_mean"]
+    assert saved.any() and all(torch.equal(norm, saved) for norm in out["norms"])
+
+
+def test_learning_rate_schedules():
+    step = {"lr": 2.0, "schedule": "step", "lr_step_epochs": 5, "lr_gamma": 0.5, "epochs": 15}
+    rates = [checkpoint.learning_rate(step, e) for e in (0, 4.99, 5, 9, 10, 14.9)]
+    assert rates == [2, 2, 1, 1, 0.5, 0.5]
+    cosine = {"lr": 1.0, "schedule": "cosine", "warmup_fraction": 0.2, "epochs": 10}
+    rates = [checkpoint.learning_rate(cosine, e) for e in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0.04, 0.52, 1, 0.5, 0])
+    assert checkpoint.learning_rate({"lr": 0.3, "schedule": "constant"}, 7.5) == 0.3
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_the_optimizer_of_a_config_block(name):
+    model = linear()
+    model.bias.requires_grad_(False)
+    optimizer = checkpoint.build_optimizer(model, OPTIONS | {"optimizer": name})
+    (group,) = optimizer.param_groups
+    assert type(optimizer).__name__.lower() == name and group["weight_decay"] == 1e-3
+    assert group["params"] == [model.weight] and group.get("momentum", 0.9) == 0.9
+    checkpoint.set_learning_rate(optimizer, 0.02)
+    assert group["lr"] == 0.02
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "sub/file"
+    checkpoint.write_atomic(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(InputError, match=r"sub/file cannot be written: disk full"):
+        checkpoint.write_atomic(path, fail)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path / "sub") == ["file"]
+    with pytest.raises(InputError, match=r"file/below cannot be written: "):
+        checkpoint.save_json({}, f"{path}/below")
+
+
+def test_json_and_weights_come_back_or_are_named(tmp_path):
+    checkpoint.save_json({"a": [1, None]}, f"{tmp_path}/x.json")
+    assert checkpoint.load_json(f"{tmp_path}/x.json") == {"a": [1, None]}
+    for name, text in {"bad": "{", "deep": "[" * 99999}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(InputError, match=f"{name}.json cannot be read as JSON"):
+            checkpoint.load_json(f"{tmp_path}/{name}.json")
+    with pytest.raises(InputError, match=r"none\.json"):
+        checkpoint.load_json(f"{tmp_path}/none.json")
+
+    model = linear()
+    checkpoint.save_encoder(model, f"{tmp_path}/x.pt", Config(depth=18), 7.5)
+    saved = checkpoint.load_state(f"{tmp_path}/x.pt")
+    assert torch.equal(saved["model"]["weight"], model.weight) and saved["encoder"] == {"depth": 18}
+    assert checkpoint.seconds_of(f"{tmp_path}/x.pt") == 7.5
+    assert [checkpoint.seconds_of(other) for other in (None, "torchvision", "none.pt")] == [0] * 3
+    torch.save([1], tmp_path / "list.pt")
+    (tmp_path / "torn.pt").write_bytes(b"torn")
+    for name, words in {"none": "no file", "list": "holds a list", "torn": "cannot be"}.items():
+        with pytest.raises(InputError, match=words):
+            checkpoint.load_state(f"{tmp_path}/{name}.pt")
+
+
+def test_only_parts_of_dead_processes_are_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "features").mkdir()
+    names = [f"v.npy.part-{dead.pid}", f"w.npy.part-{os.getpid()}", "x.part-y", "y.npy"]
+    for name in names:
+        (tmp_path / "features" / name).write_text("half")
+    checkpoint.remove_stale_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path / "features")) == sorted(names[1:])
+
+
+def test_a_stopwatch_goes_on_where_it_was_killed(tmp_path):
+    path = f"{tmp_path}/seconds.json"
+    checkpoint.save_json({"seconds": 100.0}, path)
+    watch = checkpoint.Stopwatch(path)
+    watch.save()
+    assert 100 < checkpoint.load_json(path)["seconds"] < 110 and watch.seconds > 100
+    assert checkpoint.Stopwatch(f"{tmp_path}/none.json", write=False).seconds < 10
+
+
+# --------------------------------------------------------------------------------- signals, machine
+
+
+def test_a_signal_is_noted_or_raised_at_once():
+    with pytest.raises(SystemExit) as stopped, checkpoint.StopSignals() as signals:
+        assert signals.number == signal.SIGTERM  # where only another process has received one
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signals.number == signal.SIGINT
+    assert stopped.value.code == 130
+    with pytest.raises(KeyboardInterrupt), checkpoint.StopSignals(defer=False):
+        with pytest.raises(SystemExit), checkpoint.StopSignals():  # as training in a program
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    for thread in threading.enumerate():
+        if "_watch" in thread.name:
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("defer", [True, False])
+def test_the_second_signal_ends_a_process_that_waits_outside_python(defer):
+    """As in a collective, Python gets no turn in a lock that its own thread holds."""
+    code = f"""
+        import ctypes, checkpoint
+        lock = ctypes.CDLL(None).pthread_mutex_lock
+        mutex = ctypes.create_string_buffer(128)
+        with checkpoint.StopSignals(defer={defer}):
+            print("ready", flush=True)
+            lock(mutex)
+            lock(mutex)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV)
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has VmHWM")
+def test_peak_memory_is_not_that_of_the_program_that_started_the_process():
+    child = "import torch, checkpoint; print(checkpoint.peak_memory_gb(torch.device('cpu')))"
+    large = "held = b'x' * (1 << 30)\nimport subprocess, sys\n"
+    large += f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    found = []
+    for code in (child, large):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(float(done.stdout))
+    assert 0.05 < found[0] < 0.85 and found[1] == pytest.approx(found[0], rel=0.2)

@@ -1,0 +1,333 @@
+"""Check a data set: what there is, what is missing, and every problem, listed in a file.
+
+    python -m tools.check_data --cfg configs/anet13.yaml
+    python -m tools.check_data --annotations GT.json --frames DIR --features DIR
+
+Counts videos, segments, hours, classes, frames and features of each subset. The exit status is 1
+if training could not start, or would stop at a broken file.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections import Counter, namedtuple
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+import data
+import media
+from checkpoint import RunFolder, write_atomic
+from media import InputError
+from tools.jobs import run_jobs
+
+MARK = "# problems found by `python -m tools.check_data`"
+
+# What becomes of the segments that have a problem.
+CONSEQUENCES = {
+    "segment is not a number": "left out of training; evaluation refuses them",
+    "segment ends before it starts": "left out",
+    "segment outside the video": "clipped to it, and left out if nothing remains",
+    "duplicate segment": "kept, as the official evaluation does",
+    "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it",
+}
+# Problems at which training stops, and the kind of file that has them.
+FATAL = {
+    "frames cannot be read": "frames",
+    "features cannot be read": "features",
+    "other channel count": "features",
+}
+Problem = namedtuple("Problem", "subset video kind detail")
+
+
+@dataclass
+class Sources:
+    """What to look through: paths, and what training needs of them.
+
+    subsets: None: all that have segments. features: folders or HDF5 files, side by side. settings:
+    what frames should be prepared for, as in a ZIP's video.json. required: those of "frames" and
+    "features" that training reads; None: a video needs one of them. train: the only subset that
+    needs segments; None: all do.
+    """
+
+    annotations: str
+    subsets: list[str] | None = None
+    frames: str | None = None
+    features: list[str] = field(default_factory=list)
+    durations: str | None = None
+    settings: dict | None = None
+    required: list[str] | None = None
+    train: str | None = None
+
+
+def inspect_media(path):
+    """Return duration, what is wrong, and the settings of preparation of a video, each or None.
+
+    Eleven frames are decoded, from the first to the last: reading accepts one broken in ten.
+    """
+    try:
+        source = media.open_media(path)
+        count = source.num_frames
+        if isinstance(source, media.VideoFile):
+            # Without the frames that a truncated file lacks.
+            count = (source.index(np.arange(count)) >= 0).sum()
+        source.read(np.linspace(0, count - 1, 11).round().astype(int))
+    except InputError as error:
+        return None, str(error), None
+    return source.duration, source.note, getattr(source, "prepared", None)
+
+
+class SubsetCheck:
+    """What there is of a subset: names of videos by what they have or lack, and problems."""
+
+    def __init__(self, name, videos, sources):
+        self.name = name
+        self.videos = list(videos)
+        self.sources = sources
+        self.names = [video.name for video in videos]
+        self.classes = data.class_names(videos)
+        self.problems = []
+        self.usable = {"frames": set(), "features": set()}
+        # Of each source of features: (video, path, channels).
+        self.channels = {source: [] for source in sources.features}
+
+    def add(self, video, kind, detail):
+        self.problems.append(Problem(self.name, video, kind, detail))
+
+    def check(self, workers, log):
+        """Look at segments, frames, features and durations; log a summary."""
+        for problem, found in data.segment_problems(self.videos).items():
+            for video, row in found:
+                segment = f"{video.segments[row].tolist()} {video.labels[row]}"
+                self.add(video.name, problem, f"{segment}, duration {video.duration}")
+        unreadable = self.check_frames(workers, log) if self.sources.frames else set()
+        self.check_features()
+        self.check_what_is_missing(unreadable)
+        seconds = sum(v.duration for v in self.videos if v.name not in self.without_duration)
+        num_segments = sum(len(video.labels) for video in self.videos)
+        summary = f"{self.name}: {len(self.names)} videos, {num_segments} segments, "
+        summary += f"{seconds / 3600:.2f} hours, {len(self.classes)} classes"
+        if self.sources.frames or self.sources.features:
+            counts = [f"{len(names)} with {kind}" for kind, names in self.usable.items()]
+            summary += f"; {', '.join(counts)}, {len(self.without_media)} with neither"
+        log(summary)
+
+    def check_frames(self, workers, log):
+        """Inspect the videos' media and take durations from them; return who is unreadable."""
+        paths = media.find_media(self.sources.frames, self.names, log=log)
+        jobs = {i: paths[name] for i, name in enumerate(self.names) if name in paths}
+        settings = self.sources.settings or {}
+        unreadable = set()
+        for i, result, error in run_jobs(inspect_media, jobs, workers, f"frames {self.name}"):
+            duration, wrong, prepared = result or (None, str(error), None)
+            video = self.videos[i]
+            if wrong and duration is None:
+                unreadable.add(video.name)
+            if wrong:
+                kind = "frames cannot be read" if duration is None else "video is damaged"
+                self.add(video.name, kind, wrong)
+            if duration and abs(duration - video.duration) > 0.01 * video.duration:
+                there = f"{duration:.2f} s in {jobs[i]}"
+                annotated = f"{video.duration} s in the annotations"
+                self.add(video.name, "duration disagrees", f"{annotated}, {there}")
+            if prepared and {key: prepared.get(key) for key in settings} != settings:
+                settings_there = f"for {prepared}, but the config has {settings}"
+                self.add(video.name, "frames prepared otherwise", settings_there)
+            if duration and math.isnan(video.duration):
+                self.videos[i] = replace(video, duration=duration)
+        self.usable["frames"] = set(paths) - unreadable
+        return unreadable
+
+    def check_features(self):
+        """Read the features of all videos that have them in every source."""
+        found = {source: data.find_features(source, self.names) for source in self.channels}
+        shared = set.intersection(*map(set, found.values())) if found else set()
+        self.usable["features"] = set(shared)
+        for source, paths in found.items():
+            title = f"features {self.name}"
+            for name in tqdm(sorted(shared), title, unit="video", leave=False, disable=None):
+                try:
+                    x = data.read_features(paths[name])
+                    data.check_finite(x, paths[name])
+                    path = data.shown_path(paths[name])
+                    self.channels[source].append((name, path, x.shape[1]))
+                except InputError as error:
+                    self.usable["features"].discard(name)
+                    self.add(name, "features cannot be read", str(error))
+
+    def check_what_is_missing(self, unreadable):
+        """Note the videos without a duration, and those without frames and features."""
+        frames, features = self.sources.frames, self.sources.features
+        durations = {"durations": self.sources.durations, "features": features or None}
+        self.videos = data.fill_durations(self.videos, **durations)
+        self.without_duration = {v.name for v in self.videos if math.isnan(v.duration)}
+        self.without_media = []
+        if frames or features:
+            usable = self.usable["frames"] | self.usable["features"]
+            self.without_media = [name for name in self.names if name not in usable]
+        for name in self.names:
+            if name in self.without_duration and name not in self.without_media:
+                where = "neither annotations nor frames or features tell: set data.durations"
+                self.add(name, "no duration", where)
+        for name in self.without_media:
+            if name not in unreadable:
+                where = f"neither frames in {frames} nor features in {features}"
+                self.add(name, "media missing", where)
+
+    def obstacles(self, log):
+        """Return what of this subset keeps training from starting."""
+        sources = self.sources
+        lacking = [kind for kind in sources.required or () if not self.usable[kind]]
+        given = sources.frames or sources.features
+        if given and sources.required is None and len(self.without_media) == len(self.names):
+            lacking.append("frames or features")
+        reasons = [f"no video of subset {self.name} has {k} that can be read" for k in lacking]
+        if len(self.without_duration) == len(self.names):
+            reasons.append(f"no video of subset {self.name} has a duration: set data.durations")
+        if sources.train not in (None, self.name) and not any(v.labels for v in self.videos):
+            log(f"{self.name}: no segments, so results will be written and not scored")
+        elif not self.classes:
+            reasons.append(f"subset {self.name} has no usable segment")
+        return reasons
+
+
+def check(sources, workers=0, log=print):
+    """Look through a data set; return ([Problem], [what keeps training from starting or ending]).
+
+    Logs one line a subset. workers: processes that open the frames; 0: this one.
+    """
+    known = data.load_annotations(sources.annotations)
+    chosen = sources.subsets
+    if chosen is None:
+        chosen = [name for name, videos in known.items() if any(v.labels for v in videos)]
+    absent = [name for name in chosen if name not in known]
+    obstacles = [f"the annotations have no subset {s!r}, only {sorted(known)}" for s in absent]
+    obstacles += missing_sources(sources)
+    checks = [SubsetCheck(name, known[name], sources) for name in chosen if name in known]
+    for subset in checks:
+        subset.check(workers, log)
+        obstacles += subset.obstacles(log)
+    problems = [problem for subset in checks for problem in subset.problems]
+    labels = sorted({label for subset in checks for label in subset.classes})
+    for subset in checks:
+        lacking = [label for label in labels if subset.classes and label not in subset.classes]
+        problems += [Problem(subset.name, "-", "label lacking", label) for label in lacking]
+    for source in sources.features:
+        problems += odd_channels(source, checks)
+    fatal = [f"training cannot start: {obstacle}" for obstacle in obstacles]
+    left_out = set().union(*(subset.without_duration for subset in checks))
+    read = FATAL.values() if sources.required is None else sources.required
+    stops = [p for p in problems if FATAL.get(p.kind) in read and p.video not in left_out]
+    stops = list(dict.fromkeys(f"{p.video} ({p.detail})" for p in stops))
+    if stops:
+        fatal.append(f"training would stop at: {data.first_names(stops)}")
+    return problems, fatal
+
+
+def missing_sources(sources):
+    """Return what is required and not named, or named and not there."""
+    given = {"frames": [sources.frames] if sources.frames else [], "features": sources.features}
+    reasons = []
+    for kind in given if sources.required is None else sources.required:
+        if sources.required and not given[kind]:
+            reasons.append(f"the stages read {kind}: set data.{kind}")
+        gone = [path for path in given[kind] if not os.path.exists(path)]
+        reasons += [f"there are no {kind} at {path}: no such file or folder" for path in gone]
+    return reasons
+
+
+def odd_channels(source, checks):
+    """Return a Problem for each video whose features have another channel count than most."""
+    counts = Counter(channels for subset in checks for _, _, channels in subset.channels[source])
+    problems = []
+    for subset in checks:
+        for video, path, channels in subset.channels[source]:
+            usual = counts.most_common(1)[0][0]
+            if channels != usual:
+                detail = f"{path} has {channels} channels, most have {usual}"
+                problems.append(Problem(subset.name, video, "other channel count", detail))
+    return problems
+
+
+def write_problems(problems, path):
+    """Write a line for each problem: subset, video, kind and detail, between tabs.
+
+    Raises InputError if `path` holds anything but such a list.
+    """
+    if os.path.lexists(path):
+        with open(path, errors="replace") as file:
+            if not file.readline().startswith(MARK):
+                raise InputError(f"{path} is not a list of problems: name another --problems")
+    lines = [f"{MARK}: {len(problems)}"]
+    lines += ["\t".join(" ".join(text.split()) for text in problem) for problem in problems]
+    write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def configured(args):
+    """Return the Sources of a config, of which the command line may replace some."""
+    cfg = config.load_config(args.cfg, args.set)
+    stages = set(cfg.stages)
+    settings = {"frames": cfg.video.frames_per_snippet, "stride": cfg.video.stride}
+    settings["rate"] = cfg.video.rate
+    if not cfg.video.rate:
+        settings["snippets"] = cfg.video.snippets
+    features = args.features or (data.as_list(cfg.data.features) if cfg.data.features else [])
+    if not features and {"sola", "head", "detect"} & stages and "features" not in stages:
+        features = [RunFolder(cfg.out).features]
+    target_clips = "pretrain" in stages and cfg.pretrain.method.startswith("acp_plus")
+    required = ["frames"] if {"lofi", "features"} & stages or target_clips else []
+    return Sources(
+        args.annotations or cfg.data.annotations,
+        subsets=args.subsets or [cfg.data.train_subset, cfg.data.val_subset],
+        frames=args.frames or cfg.data.frames,
+        features=features,
+        durations=args.durations or cfg.data.durations,
+        settings=settings,
+        required=[*required, "features"] if features else required,
+        train=cfg.data.train_subset,
+    )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="tools.check_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--cfg", help="a YAML of configs/, which names all paths")
+    add("--set", nargs="+", default=[], action="extend", metavar="key.sub=value")
+    add("--annotations", help="ActivityNet JSON")
+    add("--frames", help="folder of prepared ZIPs, folders of JPEG frames or video files")
+    add("--features", nargs="+", default=[], help="folders or HDF5 files of features")
+    add("--durations", help="JSON {video: seconds}, for annotations without durations")
+    add("--subsets", nargs="+", help="default: the config's, or all that have segments")
+    add("--problems", help="list of problems to write; default: NAME.problems.txt beside NAME.json")
+    add("--workers", type=int, default=0, help="processes that open the frames; default: 0, none")
+    args = parser.parse_args(argv)
+    with config.one_line_errors("tools.check_data"):
+        if not args.cfg and not args.annotations:
+            raise InputError("name a config with --cfg, or a file with --annotations")
+        if args.workers < 0:
+            raise InputError(f"--workers {args.workers}: expected 0 or more")
+        given = (args.annotations, args.subsets, args.frames, args.features, args.durations)
+        sources = configured(args) if args.cfg else Sources(*given)
+        problems, fatal = check(sources, args.workers)
+        path = args.problems or f"{os.path.splitext(sources.annotations)[0]}.problems.txt"
+        write_problems(problems, path)
+        print(f"{len(problems)} problems, listed in {path}")
+        for kind, count in Counter(problem.kind for problem in problems).items():
+            consequence = f" ({CONSEQUENCES[kind]})" if kind in CONSEQUENCES else ""
+            print(f"  {count} x {kind}{consequence}")
+        lines = ["    " + "  ".join(problem) for problem in problems[:10]]
+        print(*lines, *fatal, sep="\n", flush=True)
+        return 1 if fatal else 0
+
+
+if __name__ == "__main__":
+    # `| head` ends it quietly; SIGTERM ends the worker processes, too, as Ctrl-C does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""Prepare videos for training: decode each once, keep the frames that full fidelity needs.
+
+    python -m tools.prepare_data --videos DIR --annotations JSON --out DIR
+
+Writes one ZIP of JPEG frames a video, DIR/VIDEO.zip; media.py describes it. Video files need
+FFmpeg. Run again, it skips what is there. Exit status 1 if a video failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import zipfile
+
+import numpy as np
+from torch.nn.functional import interpolate
+from torchcodec.encoders import JpegEncoder
+from tqdm import tqdm
+
+from config import one_line_errors
+from data import first_names, load_annotations
+from media import (
+    FrameZip,
+    InputError,
+    VideoFile,
+    check_coverage,
+    entry_name,
+    find_media,
+    open_media,
+    snippet_frames,
+)
+from tools.jobs import available_cores, is_alive, run_jobs
+
+# --------------------------------------------------------------------------------------- one video
+
+
+def write_frame_zip(file, info, jpegs):
+    """Write a ZIP of JPEG frames, as media.py describes it: the same frames give the same bytes.
+
+    file: a path or a binary file. info: its video.json. jpegs: {frame number: JPEG} for each of
+    info["short_sides"]; without these only one.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        # A ZipInfo has the same time stamp whenever it is made.
+        archive.writestr(zipfile.ZipInfo("video.json"), json.dumps(info))
+        for copy, frames in enumerate(jpegs):
+            for number, jpeg in frames.items():
+                name = entry_name(number, copy, info.get("short_sides"))
+                archive.writestr(zipfile.ZipInfo(name), jpeg)
+
+
+def shrink(frame, short_side):
+    """Return a frame (3, H, W) uint8 with its short side at most `short_side` pixels."""
+    scale = short_side / min(frame.shape[1:])
+    if scale >= 1:
+        return frame
+    size = [round(side * scale) for side in frame.shape[1:]]
+    return interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
+
+
+def encode_copies(media, numbers, settings):
+    """Decode frames and encode each at every size: (short sides, [{number: JPEG} for each])."""
+    short_sides = [settings["short_side"], *sorted(settings["copies"], reverse=True)]
+    jpegs = [{} for _ in short_sides]
+    for number, frame in media.decode(numbers, settings["short_side"]):
+        frame = shrink(frame, short_sides[0])
+        # A small video has no copy that is larger than itself.
+        smaller = [side for side in short_sides[1:] if side < min(frame.shape[1:])]
+        short_sides = [short_sides[0], *smaller]
+        for copy, side in enumerate(short_sides):
+            # A shrunken frame has more detail a pixel, which takes longer to decode.
+            quality = max(settings["quality"] - 5, 1) if copy else settings["quality"]
+            jpeg = JpegEncoder(shrink(frame, side)).to_tensor(quality=quality)
+            jpegs[copy][number] = jpeg.numpy().tobytes()
+    return short_sides, jpegs[: len(short_sides)]
+
+
+def prepare_video(path, target, settings):
+    """Decode a video once and write the frames that `settings` need to the ZIP `target`.
+
+    settings: snippets (or rate, so many a second), frames, stride (see snippet_frames), short_side,
+    copies (smaller short sides), quality (JPEG; of the copies 5 less). Returns what is wrong with
+    the video, or None. Raises InputError if less than 90 % of it decodes.
+    """
+    media = open_media(path)
+    if media.fps is None:
+        raise InputError(f"{path} tells no frame rate: add a video.json with fps and duration_sec")
+    snippets = settings["snippets"]
+    if settings.get("rate"):
+        snippets = max(round(media.duration * settings["rate"]), 1)
+    numbers = snippet_frames(media.num_frames, snippets, settings["frames"], settings["stride"])
+    numbers = np.unique(numbers)
+    short_sides, jpegs = encode_copies(media, numbers, settings)
+    kept = list(jpegs[0])
+    check_coverage(path, len(kept), len(numbers))
+
+    notes = [media.note] if media.note else []
+    if len(kept) < len(numbers):
+        notes.append(
+            f"{len(kept)} of {len(numbers)} frames decode, their neighbours replace others"
+        )
+    times = np.array(kept) / media.fps
+    if isinstance(media, VideoFile):
+        times = media.times[media.index(kept)]
+    info = {
+        "fps": media.fps,
+        "num_frames": media.num_frames,
+        "duration_sec": media.duration,
+        "frames": kept,
+        "times_sec": times.round(6).tolist(),
+        "note": "; ".join(notes) or None,
+        "prepared": settings,
+        "short_sides": short_sides,
+        "bytes": [[len(jpeg) for jpeg in frames.values()] for frames in jpegs],
+    }
+    write_whole(target, info, jpegs)
+    return info["note"]
+
+
+def write_whole(target, info, jpegs):
+    """Write a ZIP of frames aside and rename it when it is whole and on disk."""
+    part = f"{target}.part-{socket.gethostname()}-{os.getpid()}"
+    try:
+        with open(part, "wb") as file:
+            write_frame_zip(file, info, jpegs)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+# ------------------------------------------------------------------------------------- many videos
+
+
+def is_prepared(target, settings):
+    """Return whether `target` exists. Raises InputError unless it was prepared just so."""
+    if not os.path.lexists(target):
+        return False
+    prepared = FrameZip(target).prepared or {}
+    differences = [
+        f"{key} {prepared.get(key)}, now {value}"
+        for key, value in settings.items()
+        if prepared.get(key) != value
+    ]
+    if differences:
+        raise InputError(
+            f"{target} exists, prepared with other settings ({', '.join(differences)}): "
+            "choose another --out or remove it"
+        )
+    return True
+
+
+def _prepare_job(job):
+    """Return None for what is there, else the note of a video just prepared, "" without one."""
+    path, target, settings = job
+    if is_prepared(target, settings):
+        return None
+    return prepare_video(path, target, settings) or ""
+
+
+def prepare(videos, out, settings, workers, log=print):
+    """Prepare {video name: path} into the folder `out`: ([names made], {name: why it failed}).
+
+    Works in `workers` processes; 0: in this one. What is there and whole is skipped; a video that
+    fails is logged and does not stop the others.
+    """
+    try:
+        os.makedirs(out, exist_ok=True)
+        remove_stale_parts(out)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise InputError(f"cannot write to a folder {out} ({error}); choose another") from None
+    jobs = {name: (path, f"{out}/{name}.zip", settings) for name, path in videos.items()}
+    made = []
+    failed = {}
+    for name, note, error in run_jobs(_prepare_job, jobs, workers, f"prepare {out}"):
+        if error is not None:
+            failed[name] = str(error)
+            log(f"FAILED {name}: {error}")
+        elif note is not None:
+            made.append(name)
+            if note:
+                log(f"{name}: {note}")
+    return made, failed
+
+
+def remove_stale_parts(folder):
+    """Remove what processes of this machine were writing when they were killed."""
+    for entry in os.scandir(folder):
+        match = re.search(r"\.zip\.part-(.*)-(\d+)$", entry.name)
+        if match and match[1] == socket.gethostname() and not is_alive(int(match[2])):
+            os.remove(entry.path)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def find_videos(args):
+    """Return the videos to prepare, {name: path}, and the names of those that are missing."""
+    if not os.path.isdir(args.videos):
+        raise InputError(f"no folder {args.videos}: set --videos to the folder of video files")
+    names = None
+    if args.annotations:
+        subsets = load_annotations(args.annotations)
+        unknown = sorted(set(args.subsets or ()) - set(subsets))
+        if unknown:
+            raise InputError(f"no subset {unknown} in the annotations, only {sorted(subsets)}")
+        names = [video.name for s in args.subsets or subsets for video in subsets[s]]
+    found = find_media(args.videos, names, prepared=False, skip=args.out, log=print)
+    if names is None:
+        names = list(found)
+    if not found:
+        example = f"{args.videos}/{(names or ['VIDEO'])[0]}.mp4"
+        raise InputError(f"none of {len(names)} videos in {args.videos}: expected, say, {example}")
+    return found, [name for name in names if name not in found]
+
+
+def read_settings(args):
+    """Return the settings of prepare_video. Raises InputError if one is out of range."""
+    settings = {
+        "snippets": args.snippets,
+        "frames": args.frames_per_snippet,
+        "stride": args.stride,
+        "short_side": args.short_side,
+        "quality": args.quality,
+        "copies": args.copies,
+        "rate": args.rate,
+    }
+    if args.copies is None:
+        settings["copies"] = [round(args.short_side / 2**0.5), args.short_side // 2]
+    counts = [value for key, value in settings.items() if key not in ("copies", "rate")]
+    if min(*counts, *settings["copies"]) < 1 or args.quality > 100:
+        raise InputError(f"{settings}: expected numbers of at least 1, and a quality up to 100")
+    if args.rate is not None and args.rate <= 0:
+        raise InputError(f"--rate {args.rate}: expected a number above 0")
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: expected 0 or more")
+    return settings
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.prepare_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--videos", required=True, help="folder of video files, or of folders of JPEG frames")
+    add("--annotations", help="ActivityNet JSON: only its videos (default: all of the folder)")
+    add("--subsets", nargs="+", help="only these subsets of it (default: all)")
+    add("--out", required=True, help="folder for VIDEO.zip; config key data.frames")
+    add("--snippets", type=int, default=100, help="L; video.snippets (default: %(default)s)")
+    add("--rate", type=float, help="snippets a second instead, for windows; video.rate")
+    add(
+        "--frames-per-snippet",
+        type=int,
+        default=8,
+        help="T; video.frames_per_snippet (default: %(default)s)",
+    )
+    add(
+        "--stride",
+        type=int,
+        default=8,
+        help="frames between two of a snippet; video.stride (default: %(default)s)",
+    )
+    add("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
+    add(
+        "--copies",
+        type=int,
+        nargs="*",
+        help="short sides of smaller copies of each frame (default: short side / sqrt 2 and / 2: a "
+        "ZIP is 1.7 times as large, S and ST load 3 to 4 times as fast as full; no number: none)",
+    )
+    add("--quality", type=int, default=90, help="of JPEGs; copies 5 less (default: %(default)s)")
+    add("--workers", type=int, default=available_cores(), help="processes (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with one_line_errors("tools.prepare_data"):
+        settings = read_settings(args)
+        videos, missing = find_videos(args)
+        if missing:
+            total = len(videos) + len(missing)
+            lacking = f"{len(missing)} of {total} videos are not in {args.videos}"
+            print(f"{lacking} and are left out: {first_names(missing)}")
+        made, failed = prepare(videos, args.out, settings, args.workers, tqdm.write)
+        skipped = len(videos) - len(made) - len(failed)
+        print(
+            f"{args.out}: {len(made)} prepared, {skipped} already prepared, {len(failed)} failed, "
+            f"{len(missing)} missing"
+        )
+        for name, reason in sorted(failed.items()):
+            print(f"  {name}: {reason}")
+        return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    # As Ctrl-C does, SIGTERM ends the workers, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Measure what SoLa did to the features of a run: self-similarity maps and a linear probe.
+
+    python -m tools.probe_sola RUN [--videos 500] [--maps 6]
+
+RUN: a run folder whose stage sola has finished. Writes into RUN/sola:
+
+    probe.json       linear probe "action or background snippet", fitted on training videos and
+                     measured on validation videos: before SoLa, on a moving average (what plain
+                     smoothing brings) and after SoLa; and the spread of the features
+    similarity.npz   self-similarity maps of a few validation videos, raw and SoLa, for
+                     `python -m tools.plot similarity RUN`
+
+The probe reads labels; the training of SoLa does not.
+
+Legend: C channels, L snippets, N or M snippets of all videos, V videos.
+"""
+
+import argparse
+import os
+import sys
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from checkpoint import RunFolder, save_json, write_atomic
+from config import INPUT_ERRORS, load_videos, saved_config
+from data import FeatureDataset
+from media import InputError
+from sola import SoLa, spread
+
+
+def moving_average(features, taps=5):
+    """Replace each snippet by the mean of the `taps` around it: (B, C, L) -> (B, C, L)."""
+    return F.avg_pool1d(features, taps, 1, taps // 2, count_include_pad=False)
+
+
+def snippet_labels(segments, snippets):
+    """Tell whether each snippet's centre (i + 0.5) / L is in one of (N, 2) segments: (L,) bool."""
+    centre = (torch.arange(snippets) + 0.5) / snippets
+    return ((segments[:, :1] <= centre) & (centre < segments[:, 1:])).any(0)
+
+
+def auc(scores, labels):
+    """Return the area under the ROC curve of (N,) scores and labels; NaN if all labels agree."""
+    labels = labels.bool()
+    positives = scores[labels]
+    negatives = scores[~labels].sort().values
+    if not len(positives) or not len(negatives):
+        return float("nan")
+    below = torch.searchsorted(negatives, positives)
+    not_above = torch.searchsorted(negatives, positives, right=True)
+    return ((below + not_above).double().mean() / (2 * len(negatives))).item()
+
+
+def fit_probe(features, labels, *, weight_decay=1e-3, iterations=200):
+    """Fit a logistic regression to features (N, C) and labels (N,) bool.
+
+    On features standardized by those given: full batch, L2 penalty weight_decay / 2 |w|^2, LBFGS to
+    convergence, nothing random. Returns the function (M, C) -> logits (M,).
+    """
+    mean = features.mean(0)
+    std = features.std(0)
+    std = std.clamp(min=float(1e-3 * std.max() + 1e-12))  # a constant channel says nothing
+    x = (features - mean) / std
+    y = labels.to(features)
+    weight = torch.zeros(x.shape[1]).to(x).requires_grad_()
+    bias = torch.zeros(()).to(x).requires_grad_()
+    options = {"history_size": 20, "tolerance_grad": 1e-6, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        entropy = F.binary_cross_entropy_with_logits(x @ weight + bias, y)
+        loss = entropy + weight_decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    return lambda features: (features - mean) / std @ weight + bias
+
+
+def linear_probe(features, labels, held_out, held_out_labels, **options):
+    """Return how linearly an action can be told from background in held-out snippets.
+
+    features (N, C) and labels (N,) bool train a probe (`fit_probe`, with its options); held_out
+    (M, C) with held_out_labels (M,) come from other videos. Returns accuracy, AUC, and as
+    "background" what calling each held-out snippet background would reach, in [0, 1].
+    """
+    logits = fit_probe(features, labels, **options)(held_out)
+    truth = held_out_labels.bool()
+    return {
+        "accuracy": ((logits > 0) == truth).double().mean().item(),
+        "auc": auc(logits, truth),
+        "background": (~truth).double().mean().item(),
+    }
+
+
+def evenly(dataset, most):
+    """Return at most `most` indices of a data set, evenly picked."""
+    count = min(len(dataset), most)
+    return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+
+
+def probe(sola, train, held_out, device, max_videos=500):
+    """Probe SoLa's input, its moving average and SoLa's output: the content of probe.json.
+
+    train, held_out: FeatureDatasets, of which at most `max_videos` videos each are read.
+    """
+    record = {"labels": "read by this evaluation alone, not by the training of SoLa"}
+    samples = {}
+    labels = {}
+    for split, dataset in (("fitted_on", train), ("held_out", held_out)):
+        picked = evenly(dataset, max_videos)
+        samples[split] = [dataset.features(i) for i in picked]
+        actions = [dataset.videos[i].actions[0] for i in picked]
+        parts = [
+            snippet_labels(a, x.shape[1]) for a, x in zip(actions, samples[split], strict=True)
+        ]
+        labels[split] = torch.cat(parts).to(device)
+        record[split] = {"videos": len(picked), "snippets": len(labels[split])}
+    variants = {
+        "before": sola.standardized,
+        "moving_average": lambda x: moving_average(sola.standardized(x)),
+        "after": sola,
+    }
+    for name, variant in variants.items():
+        rows = {}  # (snippets of all videos, C)
+        for split, features in samples.items():
+            with torch.no_grad():
+                rows[split] = torch.cat([variant(x[None].to(device))[0].t() for x in features])
+        fitted_on = (rows["fitted_on"], labels["fitted_on"])
+        record[name] = linear_probe(*fitted_on, rows["held_out"], labels["held_out"])
+        record[name]["spread"] = spread(rows["held_out"].t()[None]).item()
+    return record
+
+
+def similarity_map(features):
+    """Return cosine similarities of snippets, (B, C, L) -> (B, L, L); 0 for a zero vector."""
+    unit = F.normalize(features.float(), dim=1, eps=1e-6)
+    return unit.transpose(1, 2) @ unit
+
+
+@torch.no_grad()
+def similarity_maps(sola, dataset, snippets, device, max_videos=6):
+    """Return "names" (V,) and maps "raw" and "sola", (V, L, L) each, at L = `snippets`."""
+    maps = {"names": [], "raw": [], "sola": []}
+    for i in evenly(dataset, max_videos):
+        x = dataset.features(i)[None].to(device)
+        for key, value in (("raw", sola.standardized(x)), ("sola", sola(x))):
+            # As the head gets them.
+            value = F.interpolate(value, snippets, mode="linear", align_corners=False)
+            maps[key].append(similarity_map(value)[0].cpu().numpy())
+        maps["names"].append(dataset.videos[i].name)
+    return {key: np.array(value) for key, value in maps.items()}
+
+
+def run(folder, max_videos, max_maps):
+    """Measure the run in `folder` and write both files."""
+    cfg = saved_config(folder)
+    paths = RunFolder(folder)
+    if not os.path.isfile(paths.sola):
+        raise InputError(f"no file {paths.sola}: run stage sola first")
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    sola = SoLa.load(paths.sola).to(device)
+    source = cfg.data.features or paths.features
+    train = FeatureDataset(load_videos(cfg, "train", source, "features"), source)
+    held_out = FeatureDataset(load_videos(cfg, "val", source, "features"), source)
+    maps = similarity_maps(sola, held_out, cfg.video.snippets, device, max_maps)
+    target = f"{folder}/sola/similarity.npz"
+    write_atomic(target, lambda file: np.savez(file, **maps))
+    print(f"{len(maps['names'])} self-similarity maps: {target}")
+    if not any(len(video.actions[0]) for video in held_out.videos):
+        print("no linear probe, as the validation videos have no segments")
+        return
+    record = probe(sola, train, held_out, device, max_videos)
+    target = f"{folder}/sola/probe.json"
+    save_json(record, target)
+    print(f"linear probe, action or background, on {record['held_out']['videos']} videos: {target}")
+    for name in ("before", "moving_average", "after"):
+        accuracy = 100 * record[name]["accuracy"]
+        print(f"{name:14} accuracy {accuracy:5.1f} %   AUC {record[name]['auc']:.3f}")
+
+
+def main(argv=None):
+    """Run the program of this file's first lines."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.probe_sola",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder with a finished stage sola")
+    parser.add_argument("--videos", type=int, default=500, help="most videos of each split")
+    parser.add_argument("--maps", type=int, default=6, help="most self-similarity maps")
+    args = parser.parse_args(argv)
+    if min(args.videos, args.maps) < 1:
+        parser.error("--videos and --maps: expected at least 1")
+    try:
+        run(args.run, args.videos, args.maps)
+    except INPUT_ERRORS as error:
+        sys.exit(f"tools.probe_sola: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Encode video snippets with torchvision's video networks: frames -> features (B, C, L).
+
+    encoder = VideoEncoder("r2plus1d_18")
+    features = encoder(torch.randint(0, 256, (2, 100, 16, 3, 112, 112), dtype=torch.uint8))
+
+A snippet is a clip; its feature is what the network's classifier would see. The networks, with
+their C and the clips that their Kinetics-400 weights were trained on:
+
+    r2plus1d_18, r3d_18, mc3_18      16 frames, 112 x 112   C  512             15 frames/s
+    s3d                             128 frames, 224 x 224   C 1024             15 frames/s
+    mvit_v1_b, mvit_v2_s             16 frames, 224 x 224   C  768            7.5 frames/s
+    swin3d_t, swin3d_s, swin3d_b     32 frames, 224 x 224   C  768 (b: 1024)   15 frames/s
+
+They take any T, H and W, but: s3d needs T >= 8 (its kernels span 7 frames) and 17 x 17 pixels.
+mvit_v1_b takes 16 x 224 x 224 only, as its positions are absolute; mvit_v2_s interpolates its
+relative positions at other sizes. swin3d wants at least 224 x 224 (T-LoFi): below, its last stages
+are smaller than a window, and torchvision then takes other relative positions' biases.
+
+Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and torchvision only.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision import models
+from torchvision.models.video import resnet
+from torchvision.ops import StochasticDepth
+
+VIDEO_ENCODERS = models.list_models(module=models.video)
+VIDEO_RESNETS = {
+    "r3d_18": ([resnet.Conv3DSimple] * 4, resnet.BasicStem),
+    "mc3_18": ([resnet.Conv3DSimple] + [resnet.Conv3DNoTemporal] * 3, resnet.BasicStem),
+    "r2plus1d_18": ([resnet.Conv2Plus1D] * 4, resnet.R2Plus1dStem),
+}
+
+
+class InputError(ValueError):
+    """What a user can mend: a file, a path, an option."""
+
+
+class _VideoResNet(resnet.VideoResNet):
+    """Give torchvision's network `width` channels in its first stage; the stem always gives 64."""
+
+    def __init__(self, convs, stem, width):
+        self.width = width
+        super().__init__(resnet.BasicBlock, convs, [2, 2, 2, 2], stem)
+        self.fc = nn.Linear(8 * width, 1)
+
+    def _make_layer(self, block, conv, planes, blocks, stride=1):
+        return super()._make_layer(block, conv, planes * self.width // 64, blocks, stride)
+
+
+class VideoEncoder(nn.Module):
+    """Encode snippets. Parameters carry torchvision's names, so its weights load; no classifier.
+
+    name: one of VIDEO_ENCODERS. width: channels of the first stage of the three ResNets.
+    frozen_bn: BatchNorm keeps its running statistics in training too. recompute: activation
+    checkpointing, with frozen_bn only, the transformers, which have no BatchNorm, included.
+    Stochastic depth is off: features must not depend on how a step is cut into chunks.
+    """
+
+    def __init__(
+        self, name: str, *, width: int = 64, frozen_bn: bool = False, recompute: bool = False
+    ):
+        super().__init__()
+        if name not in VIDEO_ENCODERS:
+            expected = ", ".join(VIDEO_ENCODERS)
+            raise InputError(f"no encoder {name!r}: expected tsm or one of {expected}")
+        if name not in VIDEO_RESNETS and width != 64:
+            raise InputError(f"{name} has width 64 only, got {width}")
+        self.name = name
+        self.frozen_bn = frozen_bn
+        self.recompute = recompute
+        self.torchvision_weights = models.get_model_weights(name)["KINETICS400_V1"]
+        if name in VIDEO_RESNETS:
+            network = _VideoResNet(*VIDEO_RESNETS[name], width)
+        else:
+            network = models.get_model(name, weights=None, num_classes=1)
+        classifier = list(network.modules())[-1]
+        self.channels = getattr(classifier, "in_features", None) or classifier.in_channels
+        for key, child in network.named_children():
+            if key not in ("fc", "classifier", "head", "avgpool"):
+                self.add_module(key, child)
+        for m in self.modules():
+            if isinstance(m, StochasticDepth):
+                m.p = 0.0
+        # Each network has a normalisation of its own.
+        views = self.torchvision_weights.transforms()
+        for key in ("mean", "std"):
+            value = 255 * torch.tensor(getattr(views, key)).view(3, 1, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+
+    def train(self, mode: bool = True) -> "VideoEncoder":
+        super().train(mode)
+        return freeze_batchnorm(self) if self.frozen_bn else self
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map frames (B, L, T, 3, H, W), uint8 or float in [0, 255], to features (B, C, L)."""
+        self._check_shape(tuple(frames.shape))
+        x = frames.flatten(0, 1).transpose(1, 2)  # (B * L, 3, T, H, W)
+        x = (x - self.mean) / self.std
+        if self.name.startswith("mvit"):
+            x = self._class_token(x)
+        else:
+            for module in _in_turn(self.children()):
+                x = self._run(module, x)
+            x = x.mean((1, 2, 3) if self.name.startswith("swin") else (2, 3, 4))
+        return x.view(*frames.shape[:2], -1).transpose(1, 2)
+
+    def _check_shape(self, shape):
+        if len(shape) != 6 or shape[3] != 3:
+            raise ValueError(f"{self.name} got {shape}, expected frames (B, L, T, 3, H, W)")
+        T, _, H, W = shape[2:]
+        # With 5 to 7 frames s3d gives features, but PyTorch's backward pass crashes on a CPU.
+        if self.name == "s3d" and (T < 8 or min(H, W) < 17):
+            raise InputError(f"s3d got {T} frames of {H} x {W}, expected at least 8 of 17 x 17")
+        if self.name == "mvit_v1_b" and (T, H, W) != (16, 224, 224):
+            raise InputError(
+                f"mvit_v1_b got {T} frames of {H} x {W}, expected 16 of 224 x 224: use mvit_v2_s"
+            )
+
+    def _class_token(self, x):
+        """Run MViT as torchvision does, but at the size of the frames instead of its own."""
+        x = self.conv_proj(x)
+        thw = tuple(x.shape[2:])
+        x = self.pos_encoding(x.flatten(2).transpose(1, 2))  # (B * L, 1 + patches, C)
+        for block in self.blocks:
+            x, thw = self._run(block, x, thw)
+        return self.norm(x)[:, 0]
+
+    def _run(self, module, *inputs):
+        if self.recompute and self.frozen_bn and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+def _in_turn(modules):
+    """Yield what a network applies in turn, in parts small enough to be recomputed one by one."""
+    for module in modules:
+        if type(module) is nn.Sequential:
+            yield from _in_turn(module)
+        else:
+            yield module
+
+
+def freeze_batchnorm(module: nn.Module) -> nn.Module:
+    """Put BatchNorm of any dimension in evaluation mode; its scale and offset still learn."""
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    return module
