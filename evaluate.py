@@ -3,16 +3,12 @@
     python evaluate.py --gt GT.json --pred RESULT.json [--subset validation]
                        [--tiou 0.5:0.95:0.05] [--ar] [--json OUT.json]
 
-Proposals to detections: `soft_nms` or `hard_nms`, `load_class_scores`, `fuse_classes`,
-`save_results`. Detections to numbers: `evaluate`, and `report` for its text.
-
 Ground truth is ActivityNet JSON, {"database": {video: {"subset", "duration", "annotations":
 [{"segment", "label"}]}}}, a result {"version", "results": {video: [{"label", "score", "segment"}]},
-"external_data"}; segments in seconds.
+"external_data"}; segments in seconds. Legend: B videos, K proposals a video; G segments of V videos
+and n classes in a ground truth, P predictions in a result; T tIoU thresholds.
 
-Legend: B videos, K proposals a video; G segments of V videos and n classes in the ground truth,
-P predictions of a file, T tIoU thresholds. Imports torch and numpy only: copy this file where you
-need it.
+Imports torch and numpy only: copy this file where you need it.
 """
 
 import argparse
@@ -245,8 +241,7 @@ def save_results(results: Mapping[str, list[dict]], path: str | os.PathLike, **e
     external goes to external_data; give class_source ("video classifier of the run", "external file
     X", "ground truth (analysis)"), which `evaluate` reports.
     """
-    data = {"version": "VERSION 1.3", "results": results, "external_data": external}
-    _write_json(data, path)
+    _write_json({"version": "VERSION 1.3", "results": results, "external_data": external}, path)
 
 
 # ------------------------------------------------------------------------------ reading and writing
@@ -339,30 +334,25 @@ def _strings(labels, where):
 
 
 def _numbers(values, shape, where, what):
-    """Return values, or strings of them, as an array (len(values), *shape) of finite numbers.
-
-    where(i): the place of value i, for messages.
-    """
-    array = _finite(values, (len(values), *shape)) if values else np.zeros((0, *shape))
-    if array is not None:
-        return array
-    for i, value in enumerate(values):
-        if _finite(value, shape) is None:
-            expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-            got = str(value)[:80]
-            raise InputError(f"{where(i)}: {what} must be {expected}, got {got!r}")
-    return np.array(values, dtype=np.float64)
+    """Return values as an array (len(values), *shape); where(i): the place of one, for messages."""
+    array = _finite(values, shape)
+    if array is None:
+        i = [_finite([value], shape) is None for value in values].index(True)
+        expected = f"{shape[0]} finite numbers" if shape else "a finite number"
+        got = str(values[i])[:80]
+        raise InputError(f"{where(i)}: {what} must be {expected}, got {got!r}")
+    return array
 
 
 def _finite(values, shape):
-    """Return an array of integers or floats, None if it is not of this shape and finite."""
+    """Return an array of integers or floats, or None if one has another shape or is not finite."""
     try:
-        array = np.array(values)
+        array = np.array(values) if values else np.zeros((0, *shape))
         # THUMOS14's annotations hold strings.
         array = array if array.dtype.kind in "if" else array.astype(np.float64)
     except (ValueError, TypeError, OverflowError):
         return None
-    return array if array.shape == shape and np.isfinite(array).all() else None
+    return array if array.shape[1:] == shape and np.isfinite(array).all() else None
 
 
 def _read_ground_truth(data, name, subset, notes):
@@ -459,7 +449,7 @@ def _write_json(data, path, indent=None):
             os.remove(part)
 
 
-# --------------------------------------------------------------------------------------------- mAP
+# ----------------------------------------------------------------------------------- mAP and AR@AN
 
 
 @dataclass
@@ -541,31 +531,26 @@ def _official_tiou(a, b):
         return inter / ((b[..., 1] - b[..., 0]) + (a[..., 1] - a[..., 0]) - inter)
 
 
-def _match(prediction, truth, P, G):
-    """Match greedily: predictions in order, each takes the first free ground truth of its list.
+def _match(p, t, P, G):
+    """Match greedily: predictions in order, each takes the first free ground truth of its pairs.
 
-    prediction, truth (m,): the lists, as `_candidates` returns them. Returns (P,), -1 for none.
-
-    All predictions ask at once for their first choice, a ground truth keeps the best-ranked one,
-    whoever is refused or displaced asks for the next. As every ground truth prefers the
-    better-ranked prediction, this ends after a few rounds, in the sequential loop's result.
+    p, t (m,): the pairs, as `_candidates` returns them. Returns (P,), -1 for none. The sequential
+    loop's result, in a few rounds: a pair is sure if it is the first of its prediction and of its
+    ground truth, as no better-ranked prediction wants that; it takes both out of the next round.
     """
-    free = len(prediction)
-    holder = np.full(G, free)  # place in the lists
-    asking = np.flatnonzero(np.diff(prediction, prepend=-1))
-    while len(asking):
-        wanted = truth[asking]
-        before = holder[wanted]
-        np.minimum.at(holder, wanted, asking)
-        won = holder[wanted] == asking
-        displaced = before[won]
-        asking = np.concatenate([asking[~won], displaced[displaced < free]]) + 1
-        # Who has come to the end of its list gets nothing.
-        asking = asking[asking < free]
-        asking = asking[prediction[asking] == prediction[asking - 1]]
     match = np.full(P, -1)
-    taken = np.flatnonzero(holder < free)
-    match[prediction[holder[taken]]] = taken
+    free = np.ones(G, bool)
+    first = np.empty(G, int)
+    while len(p):
+        choice = np.flatnonzero(np.diff(p, prepend=-1))
+        # Backwards: of a ground truth's pairs the first is written last, and stays.
+        first[t[::-1]] = np.arange(len(t))[::-1]
+        sure = choice[first[t[choice]] == choice]
+        match[p[sure]] = t[sure]
+        free[t[sure]] = False
+        left = free[t] & (match[p] < 0)
+        p = p[left]
+        t = t[left]
     return match
 
 
@@ -593,9 +578,6 @@ def _summary(ap, thresholds):
     mean = ap.mean(0) if len(ap) else np.zeros(len(thresholds))
     by_threshold = {f"{t:g}": float(m) for t, m in zip(thresholds, mean, strict=True)}
     return {"mAP": by_threshold, "average_mAP": float(mean.mean())}
-
-
-# ------------------------------------------------------------------------------- analyses and AR@AN
 
 
 def _errors(truth, matching, thresholds):
@@ -668,15 +650,17 @@ def _average_recall(truth, predicted, most=100):
     videos is AN = 1..100. The area under the curve ("AUC") is divided by 100, hence in [0, 1].
     """
     annotated = np.unique(truth.video)
-    V = len(annotated)
-    proposals = _rows_of(annotated, predicted.video)
-    available = np.array([len(rows) for rows in proposals])
-    share = most * V / max(len(predicted.video), 1)
+    order = np.argsort(predicted.video, kind="stable")
+    bounds = np.searchsorted(predicted.video[order], np.arange(len(truth.videos) + 1))
+    available = np.diff(bounds)[annotated]
+    share = most * len(annotated) / max(len(order), 1)
     kept = np.minimum((available * share).astype(int), available)
-    fraction = np.arange(1, most + 1) / most * (most * float(V) / max(kept.sum(), 1))
+    fraction = np.arange(1, most + 1) / most * (most * len(annotated) / max(kept.sum(), 1))
     # The highest tIoU among the proposals kept, by ground truth and AN.
     best = np.zeros((len(truth.video), most))
-    for rows, k, mine in zip(_rows_of(annotated, truth.video), kept, proposals, strict=True):
+    for v, k in zip(annotated, kept, strict=True):
+        rows = np.flatnonzero(truth.video == v)
+        mine = order[bounds[v] : bounds[v + 1]]
         mine = mine[predicted.score[mine].argsort()[::-1]][:k]
         overlap = np.zeros((len(rows), k + 1))
         overlap[:, 1:] = tiou(truth.segment[rows], predicted.segment[mine])
@@ -688,15 +672,7 @@ def _average_recall(truth, predicted, most=100):
     return metrics | {f"AR@{k}": float(recall[k - 1]) for k in (1, 5, 10, 50, 100)}
 
 
-def _rows_of(wanted, video):
-    """Return the rows of each wanted video, in order."""
-    order = np.argsort(video, kind="stable")
-    first = np.searchsorted(video[order], wanted, side="left")
-    last = np.searchsorted(video[order], wanted, side="right")
-    return [order[a:b] for a, b in zip(first, last, strict=True)]
-
-
-# ---------------------------------------------------------------------------------------- evaluate
+# ---------------------------------------------------------------------------- evaluate and report
 
 
 def evaluate(
@@ -742,7 +718,7 @@ def evaluate(
     metrics = {
         "subset": subset,
         "thresholds": thresholds.tolist(),
-        "evaluated_videos": len(_known_videos(predicted)),
+        "evaluated_videos": len(np.unique(predicted.video[predicted.video >= 0])),
         "ground_truth_videos": len(truth.videos),
         "segments": len(truth.video),
         "classes": len(truth.classes),
@@ -751,11 +727,7 @@ def evaluate(
         "class_source": str(source),
     }
     if predicted.label is not None:
-        matching = _match_predictions(truth, predicted, thresholds)
-        metrics = _mean_ap(truth, predicted, matching, thresholds) | metrics
-        metrics["AP"] = dict(zip(truth.classes, matching.ap.mean(1).tolist(), strict=True))
-        if analysis:
-            metrics |= _analyse(truth, matching, thresholds, notes)
+        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, notes)
     if ar:
         metrics["AR"] = _average_recall(truth, predicted)
         _note_repeated(predicted, notes)
@@ -765,25 +737,21 @@ def evaluate(
     return metrics
 
 
-def _known_videos(predicted):
-    return np.unique(predicted.video[predicted.video >= 0])
-
-
-def _mean_ap(truth, predicted, matching, thresholds):
-    """Return mAP over all videos, and over those with predictions as "common"."""
-    videos = _known_videos(predicted)
+def _score_detections(truth, predicted, thresholds, counts, analysis, notes):
+    """Return mAP over all videos and over those with predictions, the counts, the analyses."""
+    matching = _match_predictions(truth, predicted, thresholds)
     common = matching
-    if len(videos) < len(truth.videos) or (predicted.video < 0).any():
-        few = truth.take(np.isin(truth.video, videos))
-        common = _match_predictions(
-            few, predicted.take(np.isin(predicted.video, videos)), thresholds
-        )
-    return _summary(matching.ap, thresholds) | {"common": _summary(common.ap, thresholds)}
-
-
-def _analyse(truth, matching, thresholds, notes):
-    """Return the kinds of errors, and mAP by length if durations are known."""
-    metrics = {"errors": _errors(truth, matching, thresholds)}
+    if counts["evaluated_videos"] < len(truth.videos) or counts["unknown_videos"]:
+        few = truth.take(np.isin(truth.video, predicted.video))
+        known = predicted.take(predicted.video >= 0)
+        common = _match_predictions(few, known, thresholds)
+    metrics = _summary(matching.ap, thresholds)
+    metrics["common"] = _summary(common.ap, thresholds)
+    metrics |= counts
+    metrics["AP"] = dict(zip(truth.classes, matching.ap.mean(1).tolist(), strict=True))
+    if not analysis:
+        return metrics
+    metrics["errors"] = _errors(truth, matching, thresholds)
     untimed = np.isnan(truth.durations).sum()
     if untimed:
         note = f"{untimed} of {len(truth.videos)} videos have no (positive) duration"

@@ -139,7 +139,7 @@ def pretrain_task(encoder, task, cfg, ddp):
     val_set = pretrain.ClipDataset(clips.val, **views)
     batches = data.iterate(val_set, full, 64, workers=cfg.data.workers, **ddp.place)
     record = pretrain.held_out_accuracy(model, batches, clips, ddp.autocast, ddp.sum)
-    ddp.log(f"{task}: {record}")
+    ddp.log(f"{task}: held-out accuracy {record['top1']}, chance {record['chance']}")
     return {**record, "seconds": seconds}
 
 

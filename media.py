@@ -222,7 +222,6 @@ class FrameZip(JpegFrames):
             ) from None
         self.note = info.get("note")
         self.prepared = info.get("prepared")
-        self.short_sides = info.get("short_sides", self.short_sides)
 
     @cached_property
     def zip(self):
@@ -242,10 +241,11 @@ class FrameZip(JpegFrames):
         info = json.loads(self.file.read(int.from_bytes(header[18:22], "little")))
         if "bytes" not in info:
             return None
+        self.short_sides = info["short_sides"]
         end = self.file.tell()
         for copy, sizes in enumerate(info["bytes"]):
             for number, size in zip(info["frames"], sizes, strict=True):
-                entry = entry_name(number, copy, info["short_sides"])
+                entry = entry_name(number, copy, self.short_sides)
                 start = end + 30 + len(entry)
                 end = start + size
                 self.places[entry] = (start, size)
@@ -262,8 +262,8 @@ class FrameZip(JpegFrames):
             os.preadv(self.file.fileno(), [jpeg], start)
             if jpeg.startswith(b"\xff\xd8"):
                 return torch.frombuffer(jpeg, dtype=torch.uint8)
-        # A ZIP of other origin, or one packed again in another order.
-        return self.zip.read(entry)
+        # A ZIP of other origin, or one packed again: its full frames.
+        return self.zip.read(self._name(number))
 
     def _name(self, number):
         return entry_name(number, 0, self.short_sides)
@@ -362,7 +362,8 @@ class VideoFile:
         declared = self._declared_sec(stream, container)
         if self.covered < 0.99 * declared:
             # Annotations count on the whole video: its last frame stays on screen to the end.
-            self.note = f"its frames cover {self.covered:.2f} of {declared:.2f} s in its header"
+            told = f"the {declared:.2f} s that its header tells"
+            self.note = f"its frames cover {self.covered:.2f} of {told}"
             self.duration = declared
             self.num_frames = round(self.num_frames * declared / self.covered)
         if self.covered < MIN_COVERAGE * declared:

@@ -25,12 +25,12 @@ import time
 
 import torch
 import yaml
-from tools.jobs import available_cores
 
 import config
 from checkpoint import RunFolder, load_json
 from media import InputError
 from reproduce import report, results
+from tools.jobs import available_cores
 from tools.make_toy import Toy, make_toy
 
 

@@ -670,17 +670,17 @@ def test_a_damaged_zip_in_a_loader_worker_ends_the_run(
 def test_a_slip_of_ours_is_a_traceback(toy, tmp_path, from_acp, monkeypatch):
     """Also one that raises what a user's mistake raises, in this process and in a worker."""
 
-    def losses(*args):
-        _, _ = args
+    def slip(*args):
+        (_,) = args
 
     argv = arguments(toy, tmp_path / "run", "stages=[lofi]", from_acp)
     with monkeypatch.context() as patch:
-        patch.setattr(gtad, "losses", losses)
+        patch.setattr(gtad, "losses", slip)
         with pytest.raises(ValueError, match="unpack") as raised:
             lofi_tal.main(argv)
     assert raised.type is ValueError and raised.traceback[-1].path.name == "test_lofi_tal.py"
-    monkeypatch.setattr(data.VideoDataset, "_random_view", losses)
-    with pytest.raises(ValueError, match=r"test_lofi_tal\.py.*, line \d+, in losses"):
+    monkeypatch.setattr(data.VideoDataset, "_random_view", slip)
+    with pytest.raises(ValueError, match=r"test_lofi_tal\.py.*, line \d+, in slip"):
         lofi_tal.main([*argv, "data.workers=1"])
 
 

@@ -301,11 +301,10 @@ def write_zip(path, frames, fps=FPS):
 
 def list_kinds(toy):
     """Return {kind: (number to train on, number to validate on, classes, which take turns)}."""
-    stills = [f"{hue}_{shape}" for shape in SHAPES for hue in HUES]
     return {
         "video": (toy.train, toy.val, list(TARGET_MOTIONS)),
         "clip": (toy.clips, toy.clips // 10, list(AUXILIARY_MOTIONS)),
-        "still": (toy.stills, toy.stills // 10, stills),
+        "still": (toy.stills, toy.stills // 10, [f"{h}_{s}" for s in SHAPES for h in HUES]),
     }
 
 
@@ -391,11 +390,11 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     workers = args.pop("workers")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with one_line_errors("tools.make_toy"):
         written = make_toy(out, Toy(**args), workers)
         print(f"{out}: {'written' if written else 'already exists'}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()
