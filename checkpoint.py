@@ -186,7 +186,7 @@ class Progress:
         """Return how long training has taken, with the starts before this one."""
         return time.monotonic() - self.started
 
-    def add(self, losses):
+    def end_step(self, losses):
         """Count one step and its losses, {term: number}."""
         for term, value in losses.items():
             self.sums[term] = self.sums.get(term, 0.0) + value

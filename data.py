@@ -956,7 +956,7 @@ class BatchLoader(DataLoader):
 
     def __iter__(self):
         batches = super().__iter__()
-        processes = multiprocessing.active_children()
+        self.processes = multiprocessing.active_children()
         if self.num_workers:
             # torch's handler raises for a killed worker in the middle of a training step. Without
             # it the worker is missed when its batch is due.
@@ -969,7 +969,7 @@ class BatchLoader(DataLoader):
                     raise batch
                 yield batch
         except RuntimeError:
-            signals = [-process.exitcode for process in processes if process.exitcode]
+            signals = [-process.exitcode for process in self.processes if process.exitcode]
             if signal.SIGBUS in signals:
                 raise InputError(SHARED_MEMORY_FULL) from None
             if signals and signals[0] > 0:

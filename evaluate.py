@@ -422,10 +422,8 @@ def _load(source, what):
         try:
             with open(source, encoding="utf-8-sig") as file:
                 source = json.load(file)
-        except OSError as error:
-            raise InputError(f"{name} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{name}: not valid JSON ({error}); is the file cut off?") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{name} cannot be read as JSON: {error}") from None
     if not isinstance(source, dict):
         raise InputError(f"{name}: expected a JSON object, got {type(source).__name__}")
     return source, name
@@ -686,19 +684,18 @@ def evaluate(
 ) -> dict:
     """Score a result: mAP as ActivityNet's official evaluator, ties and zero lengths included.
 
-    By class, predictions of all videos by descending score (equal ones in numpy's argsort()[::-1]
-    order); each takes the free ground truth of its video and class with the highest tIoU >=
-    threshold, else it is a false positive. AP is the area under the interpolated precision-recall
-    curve, mAP its mean over the subset's classes. As officially, the tIoU of two zero-length
-    segments is undefined and a match, and predictions for unknown videos are false positives.
+    By class, the predictions of all videos take, best score first, the free ground truth of their
+    video and class with the highest tIoU >= threshold; without one they are false positives. AP is
+    the area under the interpolated precision-recall curve, mAP its mean over the subset's classes.
+    As officially, the tIoU of two zero-length segments is undefined and a match, and predictions
+    for unknown videos are false positives.
 
     ground_truth, predictions: paths or loaded JSON. thresholds: tIoU, default 0.5:0.05:0.95
-    (THUMOS14: 0.3, 0.4, ... 0.7). ar: also AR@AN, for proposals (only that, if no entry has a
-    "label"). analysis: also the kinds of errors and mAP by length.
+    (THUMOS14: 0.3:0.1:0.7). ar: also AR@AN, of proposals (only that, if no entry has a "label").
+    analysis: also the kinds of errors and mAP by length.
     Returns {"mAP": {"0.5": ...}, "average_mAP", "common": both over the videos with predictions,
-    "AP": by class, mean over the thresholds, "evaluated_videos", "ground_truth_videos",
-    "class_source", "errors", "by_length", "AR", "warnings", ...}; scores in [0, 1]. Warnings are
-    also issued through `warnings`. Raises InputError for input that cannot be scored.
+    "AP": by class, "evaluated_videos", "class_source", "errors", "by_length", "AR", ...}; scores in
+    [0, 1]; "warnings" are issued too. Raises InputError for input that cannot be scored.
     """
     notes = []
     thresholds = np.asarray(ACTIVITYNET_TIOU if thresholds is None else thresholds, np.float64)

@@ -4,11 +4,11 @@ at low fidelity (Xu et al., NeurIPS 2021).
     python lofi_tal.py --cfg configs/toy.yaml                           one process, CPU or GPU
     torchrun --nproc_per_node=4 lofi_tal.py --cfg configs/anet13.yaml   the same global batch
 
-The config lists the stages. A finished one is skipped, an interrupted one resumes:
+The config lists the stages. One whose last file here exists is skipped, others start or resume:
     pretrain  the encoder before localization             OUT/pretrain/encoder.pt
     lofi      encoder and head end to end, low fidelity   OUT/lofi/encoder.pt
-    features  the frozen encoder at full fidelity         OUT/features/VIDEO.npy
-    sola      soft landing, on features without labels    OUT/sola/sola.pt, sola/features/VIDEO.npy
+    features  the frozen encoder at full fidelity         OUT/features/VIDEO.npy, features.json
+    sola      soft landing, on features without labels    OUT/sola/sola.pt, features/ as above
     head      a fresh head and a video classifier         OUT/head/head.pt
     detect    proposals, soft-NMS, classes, mAP           OUT/result.json, OUT/metrics.json
 """
@@ -49,17 +49,16 @@ def setup_distributed(cfg):
     return Distributed(dist.get_rank(), dist.get_world_size(), device, cfg.precision)
 
 
-def train(model, dataset, fidelities, step, name, options, cfg, ddp, **cycle):
+def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampling):
     """Train `model` in place and return the seconds that it took, with those of earlier starts.
 
-    step(net, batch, generator): forward and backward of a batch through `net`, the model or its
-    DDP wrapper; returns {term: loss}. What is random in it is a function of (seed, epoch, step).
+    backward(net, batch, generator): forward and backward of a batch through `net`, the model or
+    its DDP wrapper; returns {term: loss}. name: the folder below cfg.out. options: epochs, batch
+    size, optimizer. ddp: the Distributed, also of a process alone. sampling: of the sampler.
     """
     task = name.rpartition("/")[2]
-    seed = data.seed_of(cfg.seed, task)
-    sampler = data.CyclicFidelitySampler(
-        len(dataset), options["batch_size"], fidelities, seed=seed, **ddp.shard, **cycle
-    )
+    order = {"seed": data.seed_of(cfg.seed, task), **ddp.shard, **sampling}
+    sampler = data.CyclicFidelitySampler(len(dataset), options["batch_size"], fidelities, **order)
     model.to(ddp.device)
     loader = data.BatchLoader(dataset, sampler, cfg.data.workers, ddp.device)
     optimizer = checkpoint.build_optimizer(model, options)
@@ -69,22 +68,22 @@ def train(model, dataset, fidelities, step, name, options, cfg, ddp, **cycle):
     if ddp.world_size > 1:
         net = DistributedDataParallel(model, device_ids=ddp.device_ids)
     net.train()
-    max_norm = options.get("clip_grad_norm") or float("inf")
+    max_norm = options.get("clip_grad_norm") or float("inf")  # inf: measured, not clipped
     with checkpoint.StopSignals() as signals:
         for epoch in range(progress.epoch, options["epochs"]):
             dataset.set_epoch(epoch)
-            sampler.set_epoch(epoch, progress.step)
+            sampler.set_epoch(epoch, progress.step)  # resumes here: step 0 but in the first epoch
             log = checkpoint.EpochLog(task, progress, sampler, options, cfg.log_every, ddp)
             for i, batch in enumerate(loader, progress.step):
                 lr = checkpoint.learning_rate(options, epoch + i / sampler.steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
-                # Dropout draws its own on each rank, the random subsets of a loss alike on all.
+                # Seeded by step, so resuming is exact: dropout by rank, a loss's subsets alike.
                 torch.manual_seed(data.seed_of(cfg.seed, task, epoch, i, ddp.rank))
                 generator = torch.Generator().manual_seed(data.seed_of(cfg.seed, task, epoch, i))
                 optimizer.zero_grad(set_to_none=True)
-                losses = step(net, data.to_device(batch, ddp.device), generator=generator)
+                losses = backward(net, data.to_device(batch, ddp.device), generator=generator)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
                 # What one rank meets ends all: a bad step before it reaches weights, or a signal.
@@ -94,7 +93,7 @@ def train(model, dataset, fidelities, step, name, options, cfg, ddp, **cycle):
                 log.stop_if_bad(means.pop("bad"), batch["name"], losses["loss"], norm)
                 stop = means.pop("stop")
                 optimizer.step()
-                progress.add(means)
+                progress.end_step(means)
                 log.step()
                 if stop or progress.is_due(cfg.checkpoint_sec):
                     progress.save(write=ddp.is_main)
@@ -102,7 +101,7 @@ def train(model, dataset, fidelities, step, name, options, cfg, ddp, **cycle):
                     ddp.log(f"{log.title}: stopped after step {i + 1}; rerun to resume")
                     raise SystemExit(128 + signals.number)
             progress.end_epoch(log.close(), write=ddp.is_main)
-    for buffer in model.buffers():  # statistics of a training BatchNorm are each process' own
+    for buffer in model.buffers():  # DDP copies rank 0's before a forward, not after the last
         ddp.broadcast(buffer)
     return progress.seconds
 
@@ -176,7 +175,7 @@ def features_stage(cfg, run, ddp):
 
 
 def sola_stage(cfg, run, ddp):
-    """Soft landing (SoLa): train a residual module on features without labels, and apply it."""
+    """Train SoLa's residual module by sola.similarity_matching_loss (stop-gradient), apply it."""
     datasets = [config.feature_dataset(cfg, run, s, ddp.log, raw=True) for s in ("train", "val")]
     torch.manual_seed(data.seed_of(cfg.seed, "sola"))
     module = sola.SoLa(datasets[0].channels, cfg.sola.hidden, cfg.sola.kernel)
@@ -225,7 +224,8 @@ def detect_stage(cfg, run, ddp):
         evaluate.save_results(results.proposals, run.proposals, seed=cfg.seed)
         evaluate.save_results(results.detections, run.result, class_source=source, seed=cfg.seed)
         seconds = saved["seconds"] + time.monotonic() - started
-        ddp.log(config.score_run(cfg, run, dataset.videos, saved["trained_on"], seconds))
+        summary = config.score_run(cfg, run, dataset.videos, saved["trained_on"], seconds)
+        ddp.log(summary)  # metrics.json is written
 
 
 def main(argv=None):

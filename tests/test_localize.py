@@ -202,7 +202,7 @@ def test_frames_are_read_when_they_are_needed():
 @pytest.mark.parametrize("missing", [range(50, 100), range(100)])
 def test_too_few_frames_are_an_error(missing):
     numbers = media.snippet_frames(100, 10, 4, 2).numpy()
-    with pytest.raises(InputError, match="made up: "):
+    with pytest.raises(InputError, match="made up is damaged"):
         list(localize.frame_chunks(Source(100, missing), numbers, 4, 1.0, 4))
 
 

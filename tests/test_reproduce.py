@@ -724,7 +724,7 @@ sys.exit(go(setattr))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_rows_once_and_the_same_command_resumes(number, tmp_path, monkeypatch):
     script = PATCHES.replace("ROOT", str(tmp_path))
     (tmp_path / "row.py").write_text(FAKE_ROW)

@@ -14,7 +14,7 @@ FAILURES = (ValueError, OSError, RuntimeError, EOFError, MemoryError)
 
 
 def available_cores():
-    """Return how many processors this process may use, which need not be all that there are."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

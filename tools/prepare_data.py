@@ -20,18 +20,10 @@ from torch.nn.functional import interpolate
 from torchcodec.encoders import JpegEncoder
 from tqdm import tqdm
 
+import media
 from config import one_line_errors
 from data import first_names, load_annotations
-from media import (
-    FrameZip,
-    InputError,
-    VideoFile,
-    check_coverage,
-    entry_name,
-    find_media,
-    open_media,
-    snippet_frames,
-)
+from media import InputError
 from tools.jobs import available_cores, is_alive, run_jobs
 
 # --------------------------------------------------------------------------------------- one video
@@ -48,7 +40,7 @@ def write_frame_zip(file, info, jpegs):
         archive.writestr(zipfile.ZipInfo("video.json"), json.dumps(info))
         for copy, frames in enumerate(jpegs):
             for number, jpeg in frames.items():
-                name = entry_name(number, copy, info.get("short_sides"))
+                name = media.entry_name(number, copy, info.get("short_sides"))
                 archive.writestr(zipfile.ZipInfo(name), jpeg)
 
 
@@ -61,11 +53,11 @@ def shrink(frame, short_side):
     return interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
 
 
-def encode_copies(media, numbers, settings):
+def encode_copies(video, numbers, settings):
     """Decode frames and encode each at every size: (short sides, [{number: JPEG} for each])."""
     short_sides = [settings["short_side"], *sorted(settings["copies"], reverse=True)]
     jpegs = [{} for _ in short_sides]
-    for number, frame in media.decode(numbers, settings["short_side"]):
+    for number, frame in video.decode(numbers, settings["short_side"]):
         frame = shrink(frame, short_sides[0])
         # A small video has no copy that is larger than itself.
         smaller = [side for side in short_sides[1:] if side < min(frame.shape[1:])]
@@ -85,30 +77,30 @@ def prepare_video(path, target, settings):
     copies (smaller short sides), quality (JPEG; of the copies 5 less). Returns what is wrong with
     the video, or None. Raises InputError if less than 90 % of it decodes.
     """
-    media = open_media(path)
-    if media.fps is None:
+    video = media.open_media(path)
+    if video.fps is None:
         raise InputError(f"{path} tells no frame rate: add a video.json with fps and duration_sec")
     snippets = settings["snippets"]
     if settings.get("rate"):
-        snippets = max(round(media.duration * settings["rate"]), 1)
-    numbers = snippet_frames(media.num_frames, snippets, settings["frames"], settings["stride"])
-    numbers = np.unique(numbers)
-    short_sides, jpegs = encode_copies(media, numbers, settings)
+        snippets = max(round(video.duration * settings["rate"]), 1)
+    numbers = np.unique(
+        media.snippet_frames(video.num_frames, snippets, settings["frames"], settings["stride"])
+    )
+    short_sides, jpegs = encode_copies(video, numbers, settings)
     kept = list(jpegs[0])
-    check_coverage(path, len(kept), len(numbers))
+    media.check_coverage(path, len(kept), len(numbers))
 
-    notes = [media.note] if media.note else []
+    notes = [video.note] if video.note else []
     if len(kept) < len(numbers):
-        notes.append(
-            f"{len(kept)} of {len(numbers)} frames decode, their neighbours replace others"
-        )
-    times = np.array(kept) / media.fps
-    if isinstance(media, VideoFile):
-        times = media.times[media.index(kept)]
+        decoded = f"{len(kept)} of {len(numbers)} frames decode"
+        notes.append(f"{decoded}, the others are replaced by their neighbours")
+    times = np.array(kept) / video.fps
+    if isinstance(video, media.VideoFile):
+        times = video.times[video.index(kept)]
     info = {
-        "fps": media.fps,
-        "num_frames": media.num_frames,
-        "duration_sec": media.duration,
+        "fps": video.fps,
+        "num_frames": video.num_frames,
+        "duration_sec": video.duration,
         "frames": kept,
         "times_sec": times.round(6).tolist(),
         "note": "; ".join(notes) or None,
@@ -141,7 +133,7 @@ def is_prepared(target, settings):
     """Return whether `target` exists. Raises InputError unless it was prepared just so."""
     if not os.path.lexists(target):
         return False
-    prepared = FrameZip(target).prepared or {}
+    prepared = media.FrameZip(target).prepared or {}
     differences = [
         f"{key} {prepared.get(key)}, now {value}"
         for key, value in settings.items()
@@ -212,7 +204,7 @@ def find_videos(args):
         if unknown:
             raise InputError(f"no subset {unknown} in the annotations, only {sorted(subsets)}")
         names = [video.name for s in args.subsets or subsets for video in subsets[s]]
-    found = find_media(args.videos, names, prepared=False, skip=args.out, log=print)
+    found = media.find_media(args.videos, names, prepared=False, skip=args.out, log=print)
     if names is None:
         names = list(found)
     if not found:
@@ -255,20 +247,10 @@ def parse_args(argv):
     add("--annotations", help="ActivityNet JSON: only its videos (default: all of the folder)")
     add("--subsets", nargs="+", help="only these subsets of it (default: all)")
     add("--out", required=True, help="folder for VIDEO.zip; config key data.frames")
-    add("--snippets", type=int, default=100, help="L; video.snippets (default: %(default)s)")
-    add("--rate", type=float, help="snippets a second instead, for windows; video.rate")
-    add(
-        "--frames-per-snippet",
-        type=int,
-        default=8,
-        help="T; video.frames_per_snippet (default: %(default)s)",
-    )
-    add(
-        "--stride",
-        type=int,
-        default=8,
-        help="frames between two of a snippet; video.stride (default: %(default)s)",
-    )
+    add("--snippets", type=int, default=100, help="L, as in the config (default: %(default)s)")
+    add("--rate", type=float, help="snippets a second instead, for windows")
+    add("--frames-per-snippet", type=int, default=8, help="T (default: %(default)s)")
+    add("--stride", type=int, default=8, help="frames from one to the next (default: %(default)s)")
     add("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
     add(
         "--copies",
@@ -288,15 +270,12 @@ def main(argv=None):
         settings = read_settings(args)
         videos, missing = find_videos(args)
         if missing:
-            total = len(videos) + len(missing)
-            lacking = f"{len(missing)} of {total} videos are not in {args.videos}"
-            print(f"{lacking} and are left out: {first_names(missing)}")
+            counts = f"{len(missing)} of {len(videos) + len(missing)}"
+            print(f"{counts} videos are not in {args.videos}: {first_names(missing)}")
         made, failed = prepare(videos, args.out, settings, args.workers, tqdm.write)
         skipped = len(videos) - len(made) - len(failed)
-        print(
-            f"{args.out}: {len(made)} prepared, {skipped} already prepared, {len(failed)} failed, "
-            f"{len(missing)} missing"
-        )
+        counts = f"{len(made)} prepared, {skipped} already prepared, {len(failed)} failed"
+        print(f"{args.out}: {counts}, {len(missing)} missing")
         for name, reason in sorted(failed.items()):
             print(f"  {name}: {reason}")
         return 1 if failed else 0
