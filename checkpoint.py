@@ -1,12 +1,13 @@
 """Write and read what a run leaves: its folder, weights, checkpoints that training resumes from.
 
-Every file is written aside and renamed when it is whole and on disk, so that a kill at any moment
-leaves the file before it. Everything random in a step is a pure function of (seed, epoch, step):
-a resumed run ends with the weights of an undisturbed one, and a checkpoint needs no random state.
+Every file is written aside and renamed when it is whole and on disk: a kill at any moment leaves
+the file before it. Everything random in a step is a pure function of (seed, epoch, step), so a
+resumed run ends with the weights of an undisturbed one, and a checkpoint needs no random state.
 """
 
 import json
 import os
+import pathlib
 import platform
 import re
 import resource
@@ -47,10 +48,7 @@ class RunFolder:
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary file, then rename it to `path`.
-
-    Raises InputError if the folder cannot be written to or the disk is full.
-    """
+    """Call write(file) on a temporary file, then rename it to `path`; InputError if that fails."""
     part = f"{path}.part-{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -68,12 +66,11 @@ def write_atomic(path, write):
 
 def save_json(obj, path):
     """Write an object as indented JSON."""
-    text = json.dumps(obj, indent=1) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(f"{json.dumps(obj, indent=1)}\n".encode()))
 
 
 def load_json(path):
-    """Read a JSON file. Raises InputError if it is missing or not valid JSON."""
+    """Read a JSON file; InputError if it is missing or not valid."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
@@ -85,11 +82,6 @@ def save_weights(model, path, **metadata):
     """Write {"model": state dict on the CPU, **metadata}, which weights_only loading accepts."""
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     write_atomic(path, lambda file: torch.save({"model": state, **metadata}, file))
-
-
-def save_encoder(encoder, path, options, seconds):
-    """Write an encoder with its config block and what it cost, with all that it was made from."""
-    save_weights(encoder, path, encoder=dict(options), seconds=seconds)
 
 
 def load_state(path):
@@ -112,20 +104,18 @@ def seconds_of(path):
 
 def remove_stale_parts(folder):
     """Remove what killed processes of this program were writing in this folder of ours."""
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            ours = re.fullmatch(r".+\.(json|jsonl|npy|npz|pt)\.part-(\d+)", name)
-            if ours and not _is_alive(int(ours[2])):
-                os.remove(f"{directory}/{name}")
+    for part in list(pathlib.Path(folder).rglob("*.part-*")):
+        ours = re.fullmatch(r".+\.(json|jsonl|npy|npz|pt)\.part-(\d+)", part.name)
+        if ours and not is_alive(int(ours[2])):
+            part.unlink()
 
 
-def _is_alive(pid):
+def is_alive(pid):
+    """Return whether there is such a process on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -142,81 +132,6 @@ def load_checkpoint(path, log=print):
             log(f"checkpoint {error}; trying the one before it")
     if candidates:
         raise InputError(f"no checkpoint {path} can be read: remove it to start this stage again")
-    return None
-
-
-class Progress:
-    """Keep where a training stands: all that a resumed one needs beside weights.
-
-    folder: of the stage; it gets checkpoint.pt, and metrics.jsonl with a line an epoch.
-    """
-
-    def __init__(self, folder, model, optimizer, log=print):
-        self.folder, self.model, self.optimizer, self.log = folder, model, optimizer, log
-        self.path = f"{folder}/checkpoint.pt"
-        self.epoch, self.step = 0, 0
-        self.sums, self.history = {}, []
-        self.started = self.last_save = time.monotonic()
-
-    def resume(self, **metadata):
-        """Restore the newest checkpoint, if there is one.
-
-        metadata: plain data to keep beside, such as the config. "trained_on" tells the training
-        data from others; InputError for a checkpoint of others, whose steps meant something else.
-        """
-        self.metadata = metadata
-        saved = load_checkpoint(self.path, self.log)
-        if saved is None:
-            return
-        before, now = saved["trained_on"], metadata["trained_on"]
-        if before != now:
-            raise InputError(
-                f"{self.path} was trained on other data: {before}, now {now}.\n"
-                f"Restore those data, or remove {self.folder} to train anew"
-            )
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.epoch, self.step = saved["epoch"], saved["step"]
-        self.sums, self.history = saved["sums"], saved["history"]
-        self.started -= saved["seconds"]
-        self.log(f"{self.folder}: resuming at epoch {self.epoch + 1}, step {self.step + 1}")
-
-    @property
-    def seconds(self):
-        """Return how long training has taken, with the starts before this one."""
-        return time.monotonic() - self.started
-
-    def end_step(self, losses):
-        """Count one step and its losses, {term: number}."""
-        for term, value in losses.items():
-            self.sums[term] = self.sums.get(term, 0.0) + value
-        self.step += 1
-
-    def is_due(self, checkpoint_sec):
-        """Return whether so many seconds have passed since the last checkpoint."""
-        return time.monotonic() - self.last_save > checkpoint_sec
-
-    def save(self, write=True):
-        """Write the checkpoint, on the process that should."""
-        self.last_save = time.monotonic()
-        if write:
-            keys = ("epoch", "step", "sums", "history", "seconds")
-            state = {key: getattr(self, key) for key in keys}
-            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            if os.path.exists(self.path):
-                os.replace(self.path, f"{self.path}.previous")
-            state = {**state, **self.metadata}
-            write_atomic(self.path, lambda file: torch.save(state, file))
-
-    def end_epoch(self, record, write=True):
-        """Close an epoch with its record, one more line of metrics.jsonl."""
-        self.history.append(record)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-        self.save(write)
-        if write:
-            lines = "".join(json.dumps(record) + "\n" for record in self.history)
-            path = f"{self.folder}/metrics.jsonl"
-            write_atomic(path, lambda file: file.write(lines.encode()))
 
 
 class Stopwatch:
@@ -235,63 +150,111 @@ class Stopwatch:
         return seconds
 
 
-class EpochLog:
-    """Show how an epoch goes: a bar in a terminal, elsewhere a line every `log_every` steps."""
+class Progress:
+    """Keep and show where a training stands: an epoch, the steps done in it, their losses.
 
-    def __init__(self, task, progress, sampler, options, log_every, ddp):
-        self.progress, self.sampler, self.log_every, self.ddp = progress, sampler, log_every, ddp
-        self.title = f"{task} {progress.epoch + 1}/{options['epochs']}"
-        self.first_step, self.started = progress.step, time.monotonic()
-        steps = {"total": sampler.steps_per_epoch, "initial": progress.step, "unit": "step"}
-        silent = not (ddp.is_main and sys.stderr.isatty())
+    Below cfg.out/name the main process writes checkpoint.pt, with all that a resumed training
+    needs, and metrics.jsonl, a line an epoch. In a terminal an epoch is a bar, elsewhere a line of
+    the log every cfg.log_every steps. `started` lies back as far as all starts together took.
+    """
+
+    def __init__(self, name, model, optimizer, sampler, options, cfg, ddp):
+        self.folder, self.path = f"{cfg.out}/{name}", f"{cfg.out}/{name}/checkpoint.pt"
+        self.model, self.optimizer, self.sampler = model, optimizer, sampler
+        self.epochs, self.log_every, self.ddp = options["epochs"], cfg.log_every, ddp
+        self.epoch, self.step = 0, 0
+        self.sums, self.history = {}, []
+        self.started = self.last_save = time.monotonic()
+
+    def resume(self, **metadata):
+        """Restore the newest checkpoint, if there is one; InputError if it is of other data.
+
+        metadata: plain data to keep beside, such as "trained_on", which tells data from others.
+        """
+        self.metadata = metadata
+        saved = load_checkpoint(self.path, self.ddp.log)
+        if saved is None:
+            return
+        before, now = saved["trained_on"], metadata["trained_on"]
+        if before != now:
+            words = f"{self.path} was trained on other data: {before}, now {now}"
+            raise InputError(f"{words}.\nRestore those data, or remove {self.folder} to train anew")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.epoch, self.step = saved["epoch"], saved["step"]
+        self.sums, self.history = saved["sums"], saved["history"]
+        self.started -= saved["seconds"]
+        self.ddp.log(f"{self.folder}: resuming at epoch {self.epoch + 1}, step {self.step + 1}")
+
+    def save(self):
+        """Write the checkpoint."""
+        self.last_save = time.monotonic()
+        if self.ddp.is_main:
+            state = {key: getattr(self, key) for key in ("epoch", "step", "sums", "history")}
+            state |= {"seconds": self.last_save - self.started, **self.metadata}
+            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            if os.path.exists(self.path):
+                os.replace(self.path, f"{self.path}.previous")
+            write_atomic(self.path, lambda file: torch.save(state, file))
+
+    def start_epoch(self):
+        """Begin an epoch, or go on with it at step `step`."""
+        self.title = f"{os.path.basename(self.folder)} {self.epoch + 1}/{self.epochs}"
+        self.first_step, self.epoch_started = self.step, time.monotonic()
+        steps = {"total": self.sampler.steps_per_epoch, "initial": self.step, "unit": "step"}
+        silent = not (self.ddp.is_main and sys.stderr.isatty())
         self.bar = tqdm(desc=self.title, leave=False, disable=silent, **steps)
 
-    def step(self):
-        """Show a step that progress has just counted."""
-        self.bar.update()
-        epoch, step, last = self.progress.epoch, self.progress.step, self.sampler.steps_per_epoch
-        due = step % self.log_every == 0 and step < last
-        first = (epoch, step) == (0, 1)  # it tells the memory that the whole stage will take
-        if self.bar.disable and not (due or first):
-            return
-        line = self._line({"fidelity": self.sampler.fidelity(epoch, step - 1).name})
-        self.bar.set_postfix_str(line, refresh=False)
-        if self.bar.disable:
-            self.ddp.log(f"{self.title}, step {step}/{last}: {line}")
-
     def stop_if_bad(self, bad, names, loss, gradient_norm):
-        """Raise InputError if a process has a loss or gradient that is not finite.
-
-        bad: the share of processes that have; names: the videos of this one's batch.
-        """
+        """Raise InputError, with the videos' names, if a process has numbers that are not finite."""
         if bad:
-            epoch, step = self.progress.epoch, self.progress.step
+            fidelity = self.sampler.fidelity(self.epoch, self.step).name
+            measures = f"loss {float(loss):g} or gradient norm {float(gradient_norm):g}"
             raise InputError(
-                f"{self.title}, step {step + 1}, {self.sampler.fidelity(epoch, step).name}: "
-                f"loss {float(loss):g} or gradient norm {float(gradient_norm):g} is not finite\n"
+                f"{self.title}, step {self.step + 1}, {fidelity}: {measures} is not finite\n"
                 f"videos of this process: {', '.join(map(str, names))}; try a smaller lr"
             )
 
-    def close(self):
-        """End the epoch; return its record."""
+    def end_step(self, losses):
+        """Count one step and its losses, {term: number}, and show them."""
+        for term, value in losses.items():
+            self.sums[term] = self.sums.get(term, 0.0) + value
+        self.step += 1
+        self.bar.update()
+        last = self.sampler.steps_per_epoch
+        first = (self.epoch, self.step) == (0, 1)  # it tells the memory that the stage will take
+        due = first or (self.step % self.log_every == 0 and self.step < last)
+        if due or not self.bar.disable:
+            _, line = self._measure(self.sampler.fidelity(self.epoch, self.step - 1).name)
+            self.bar.set_postfix_str(line, refresh=False)
+            if self.bar.disable:
+                self.ddp.log(f"{self.title}, step {self.step}/{last}: {line}")
+
+    def end_epoch(self):
+        """Close an epoch: a line of the log and of metrics.jsonl, and a checkpoint."""
         self.bar.close()
-        epoch, sampler = self.progress.epoch, self.sampler
-        cycles = sampler.cycle == "batch" and len(sampler.fidelities) > 1
-        fidelity = {"fidelity": "cycle" if cycles else sampler.fidelity(epoch, 0).name}
-        self.ddp.log(f"{self.title}: {self._line(fidelity)}")
-        return {"epoch": epoch + 1, **fidelity, **self._measures()}
+        cycles = self.sampler.cycle == "batch" and len(self.sampler.fidelities) > 1
+        fidelity = "cycle" if cycles else self.sampler.fidelity(self.epoch, 0).name
+        record, line = self._measure(fidelity)
+        self.ddp.log(f"{self.title}: {line}")
+        self.history.append(record)
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.save()
+        if self.ddp.is_main:
+            lines = "".join(json.dumps(record) + "\n" for record in self.history)
+            write_atomic(f"{self.folder}/metrics.jsonl", lambda file: file.write(lines.encode()))
 
-    def _measures(self):
-        steps, seconds = self.progress.step, time.monotonic() - self.started
-        videos = (steps - self.first_step) * self.sampler.batch_size
-        measures = {"lr": self.progress.optimizer.param_groups[0]["lr"]}
-        measures |= {term: total / steps for term, total in self.progress.sums.items()}
+    def _measure(self, fidelity):
+        """Return the record of the epoch so far, and a line of it."""
+        seconds = time.monotonic() - self.epoch_started
+        videos = (self.step - self.first_step) * self.sampler.batch_size
+        measures = {"lr": self.optimizer.param_groups[0]["lr"]}
+        measures |= {term: total / self.step for term, total in self.sums.items()}
         measures |= {"seconds": seconds, "videos_per_sec": videos / seconds}
-        return {**measures, "peak_memory_gb": peak_memory_gb(self.ddp.device)}
-
-    def _line(self, fidelity):
-        measures = [f"{name} {value:.4g}" for name, value in self._measures().items()]
-        return ", ".join([f"fidelity {fidelity['fidelity']}", *measures])
+        measures["peak_memory_gb"] = peak_memory_gb(self.ddp.device)
+        line = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+        record = {"epoch": self.epoch + 1, "fidelity": fidelity, **measures}
+        return record, f"fidelity {fidelity}, {line}"
 
 
 # --------------------------------------------------------------------------------------- optimizer
@@ -386,20 +349,21 @@ def peak_memory_gb(device):
     """Return the peak memory of this process in GB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:  # on Linux ru_maxrss begins with the peak of the parent process
-        with open("/proc/self/status") as file:
-            return int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) * 1024 / 1e9
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
+    # On Linux ru_maxrss begins with the peak of the parent process; on macOS it counts bytes.
+    peak = re.search(r"VmHWM:\s+(\d+)", _text("/proc/self/status"))
+    if peak:
+        return int(peak[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def machine_name(device):
     """Return the model of the GPU or CPU of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            model = re.search(r"model name\s*: (.*)", file.read())
-        name = model[1] if model else name
+    model = re.search(r"model name\s*: (.*)", _text("/proc/cpuinfo"))
+    name = model[1] if model else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def _text(path):
+    return pathlib.Path(path).read_text() if os.path.exists(path) else ""

@@ -12,7 +12,6 @@ Legend: B videos, C channels, L snippets, T frames a snippet, N segments, F fram
 """
 
 import atexit
-import copy
 import json
 import math
 import multiprocessing
@@ -108,18 +107,12 @@ def _parse_database(content):
 
 def _parse_video(name, entry):
     duration = math.nan if entry.get("duration") is None else float(entry["duration"])
-    if duration <= 0 or math.isinf(duration):
-        raise ValueError(f"duration {duration}")
-    segments = [(float(start), float(end)) for start, end in _values(entry, "segment")]
-    labels = _values(entry, "label")
-    if None in labels:
-        raise ValueError("label null")
-    segments = np.array(segments, np.float64).reshape(-1, 2)
-    return Video(name, duration, segments, tuple(map(str, labels)))
-
-
-def _values(entry, key):
-    return [annotation[key] for annotation in entry["annotations"]]
+    segments = [annotation["segment"] for annotation in entry["annotations"]]
+    labels = [annotation["label"] for annotation in entry["annotations"]]
+    if duration <= 0 or math.isinf(duration) or None in labels:
+        raise ValueError(f"duration {duration}, labels {labels}")
+    segments = np.array([(float(start), float(end)) for start, end in segments], np.float64)
+    return Video(name, duration, segments.reshape(-1, 2), tuple(map(str, labels)))
 
 
 def class_names(videos: list[Video]) -> list[str]:
@@ -132,60 +125,10 @@ def class_names(videos: list[Video]) -> list[str]:
     return sorted(labels)
 
 
-def class_target(labels, classes):
-    """Return the target of a video classifier: equal shares (n,); zeros if no label is known."""
+def targets_of(segments, labels, classes):
+    """Return {"segments" (N, 2), "target" (n,): equal shares for the labels that are classes}."""
     target = torch.tensor([float(c in labels) for c in classes])
-    return target / target.sum().clamp(min=1)
-
-
-def list_hash(names):
-    """Return a hash that tells one list of videos from another."""
-    return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
-
-
-def fingerprint(items):
-    """Return {"count", "hash"} of videos with their segments, or of clips; not where they lie."""
-    digest = blake2b(digest_size=8)
-    if items and isinstance(items[0], Video):
-        digest.update(np.array([v.duration for v in items]).tobytes())
-        digest.update(np.cumsum([0, *(len(v.labels) for v in items)]).tobytes())
-        digest.update(np.concatenate([v.segments for v in items]).tobytes())
-        words = [v.name for v in items] + [label for v in items for label in v.labels]
-    else:
-        words = []
-        for clip in items:
-            stem = os.path.splitext(os.path.basename(clip.path))[0]
-            words.append(repr(astuple(replace(clip, path=stem))))
-    digest.update("\n".join(words).encode(errors="surrogatepass"))
-    return {"count": len(items), "hash": digest.hexdigest()}
-
-
-def file_hash(path):
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return sha256(file.read()).hexdigest()
-
-
-def segment_problems(videos):
-    """Return {problem: [(video, row of the segment), ...]}; 10 ms beyond the end are no problem."""
-    found = {}
-    for video in videos:
-        seen = set()
-        for row, (start, end) in enumerate(video.segments.tolist()):
-            label = video.labels[row]
-            finite = math.isfinite(start + end)
-            outside = start < 0 or end > video.duration + 0.01
-            problems = {
-                "segment is not a number": not finite,
-                "segment ends before it starts": finite and end <= start,
-                "segment outside the video": finite and start < end and outside,
-                "duplicate segment": (start, end, label) in seen,
-                "label Ambiguous": label.lower() == "ambiguous",
-            }
-            seen.add((start, end, label))
-            for problem in compress(problems, problems.values()):
-                found.setdefault(problem, []).append((video, row))
-    return found
+    return {"segments": segments, "target": target / target.sum().clamp(min=1)}
 
 
 def check_segments(subsets, train=None, val=None, needs_classes=False):
@@ -203,7 +146,30 @@ def check_segments(subsets, train=None, val=None, needs_classes=False):
         raise InputError(f"subset {val}: NaN or infinite segments in {first_names(bad)}: fix them")
 
 
-# ------------------------------------------------------------------------------------------ videos
+def list_hash(names):
+    """Return a hash that tells one list of videos from another."""
+    return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
+
+
+def file_hash(path):
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return sha256(file.read()).hexdigest()
+
+
+def fingerprint(items):
+    """Return {"count", "hash"} of videos with their segments, or of clips; not where they lie."""
+    digest = blake2b(digest_size=8)
+    if items and isinstance(items[0], Video):
+        digest.update(np.array([v.duration for v in items]).tobytes())
+        digest.update(np.cumsum([0, *(len(v.labels) for v in items)]).tobytes())
+        digest.update(np.concatenate([v.segments for v in items]).tobytes())
+        words = [v.name for v in items] + [label for v in items for label in v.labels]
+    else:
+        stems = [os.path.splitext(os.path.basename(clip.path))[0] for clip in items]
+        words = [repr(astuple(replace(items[i], path=stem))) for i, stem in enumerate(stems)]
+    digest.update("\n".join(words).encode(errors="surrogatepass"))
+    return {"count": len(items), "hash": digest.hexdigest()}
 
 
 def as_list(source):
@@ -239,19 +205,20 @@ def select_videos(
     videos = _leave_out(subset, videos, [v.name in paths for v in videos], lack, log)
     videos = [replace(video, path=paths[video.name]) for video in videos]
     if any(math.isnan(video.duration) for video in videos):
-        features = None
         if kind == "features":
-            features = source
             paths = media.find_media(frames, names) if frames else {}
+        features = source if kind == "features" else ()
         videos = fill_durations(videos, durations=durations, features=features, paths=paths)
         lack = "no duration (set data.durations to a JSON {video: seconds})"
         known = [not math.isnan(video.duration) for video in videos]
         videos = _leave_out(subset, videos, known, lack, log)
     if kind == "frames" and settings:
         _compare_preparation(subset, videos, settings, log)
-    counts = [f"{len(rows)} x {problem}" for problem, rows in segment_problems(videos).items()]
-    if counts:
-        log(f"{subset}: {', '.join(counts)}; `python -m tools.check_data` lists them")
+    total = sum(len(video.labels) for video in videos)
+    usable = sum(len(video.actions[1]) for video in videos)
+    if usable < total:
+        count = f"{total - usable} of {total} segments"
+        log(f"{subset}: {count} cannot be used; `python -m tools.check_data` lists all problems")
     return videos
 
 
@@ -268,29 +235,27 @@ def _leave_out(subset, videos, keep, lack, log):
 
 def _compare_preparation(subset, videos, settings, log):
     """Log if the first ZIP lacks frames because it was prepared for other settings."""
-    path = next((v.path for v in videos if v.path.endswith(".zip")), None)
-    first = media.FrameZip(path) if path else None
-    if first is None or not first.prepared or len(first.kept) == first.num_frames:
-        return
-    if {key: first.prepared.get(key) for key in settings} != settings:
-        why = f"{path} was prepared for {first.prepared}, the config has {settings}"
-        log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
+    zips = [media.FrameZip(v.path) for v in videos if v.path.endswith(".zip")][:1]
+    for first in zips:
+        prepared = first.prepared or settings
+        differs = {key: prepared.get(key) for key in settings} != settings
+        if differs and len(first.kept) < first.num_frames:
+            why = f"{first.path} was prepared for {prepared}, the config has {settings}"
+            log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
 
 
-def fill_durations(videos, *, durations=None, features=None, paths=None):
+def fill_durations(videos, *, durations=None, features=(), paths=None):
     """Return the videos with durations where the annotations have none, NaN where nothing tells.
 
     They come from the JSON file `durations` {video: seconds}, else from the features.json beside
     the first of `features`, else from media, paths {name: path}.
     """
     known = {}
+    for info in read_feature_info(as_list(features)[:1]):
+        known |= {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
     if durations is not None:
-        known = _read_json(
-            durations, "{VIDEO: seconds}", lambda seconds: {k: float(v) for k, v in seconds.items()}
-        )
-    elif features is not None:
-        for info in read_feature_info(as_list(features)[:1]):
-            known |= {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
+        parse = "{VIDEO: seconds}", lambda content: {k: float(v) for k, v in content.items()}
+        known = _read_json(durations, *parse)
     filled = []
     for video in videos:
         if math.isnan(video.duration):
@@ -312,16 +277,10 @@ def _media_duration(path):
 
 
 def describe_videos(videos):
-    """Return {name: {"duration_sec", "fps"}}, to stand beside their features.
-
-    Of what is not prepared the frame rate is None: to find it takes reading all of the video.
-    """
-    zips = {v.name: media.FrameZip(v.path) for v in videos if (v.path or "").endswith(".zip")}
-    fps = {name: zip_file.fps for name, zip_file in zips.items()}
+    """Return {name: {"duration_sec", "fps"}}; fps is None where only reading all would tell."""
+    zips = [video for video in videos if (video.path or "").endswith(".zip")]
+    fps = {video.name: media.FrameZip(video.path).fps for video in zips}
     return {v.name: {"duration_sec": v.duration, "fps": fps.get(v.name)} for v in videos}
-
-
-# ---------------------------------------------------------------------------------------- fidelity
 
 
 class Fidelity(NamedTuple):
@@ -360,9 +319,8 @@ class CyclicFidelitySampler:
     c_s); None: 1 epoch or 16 batches, as in the paper. batch_size: over all processes. group_size:
     so many consecutive samples stay together in the shuffled order.
 
-    What a step brings is a pure function of (seed, epoch, step, rank, world_size): every rank has
-    the same fidelity at the same step and the same number of steps. Each video comes once an epoch,
-    up to padding of the last batch with the epoch's first ones.
+    Every rank has the same fidelity at the same step, and the same number of steps. Each video
+    comes once an epoch, up to padding of the last batch with the epoch's first ones.
     """
 
     num_videos: int
@@ -377,11 +335,9 @@ class CyclicFidelitySampler:
     group_size: int = 1
 
     def __post_init__(self):
-        if self.num_videos < 1 or self.num_videos % self.group_size:
-            raise ValueError(f"{self.num_videos} samples in groups of {self.group_size}")
-        if self.batch_size % self.world_size:
-            batch = f"the global batch size {self.batch_size}"
-            raise InputError(f"{batch} does not divide over {self.world_size} processes")
+        for total, part in (self.num_videos, self.group_size), (self.batch_size, self.world_size):
+            if total < 1 or total % part:
+                raise ValueError(f"{self}: {total} does not divide by {part}")
         if self.cycle_length is None:
             self.cycle_length = {"epoch": 1, "batch": 16}[self.cycle]
         self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
@@ -479,30 +435,22 @@ class VideoDataset:
         self.full = Fidelity("full", self.snippets, self.size)
         # In shared memory, where loader workers see it change.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.items = self._list_items()
-
-    def num_snippets(self, video: Video) -> int:
-        """Return how many snippets a video has at full fidelity."""
-        return max(round(video.duration * self.rate), 1) if self.rate else self.snippets
-
-    def _list_items(self):
-        """Return (video, first snippet) of each sample."""
-        counts = [self.num_snippets(video) for video in self.videos]
+        self.counts = [self.snippets] * len(self.videos)
+        if self.rate:
+            self.counts = [max(round(video.duration * self.rate), 1) for video in self.videos]
+        # The video and the first snippet of each sample.
+        pieces = [range(0, count, self.snippets) for count in self.counts]
+        self.items = [(i, first) for i, firsts in enumerate(pieces) for first in firsts]
         if self.rate and self.train:
-            return windows_with_segments(self.videos, counts, self.snippets)
-        pieces = [range(0, count, self.snippets) for count in counts]
-        return [(i, first) for i, firsts in enumerate(pieces) for first in firsts]
+            self.items = windows_with_segments(self.videos, self.counts, self.snippets)
+        # Ranks share out videos, not pieces of them.
+        self.owners = [i for i, _ in self.items]
 
     def subset(self, indices) -> "VideoDataset":
         """Return the same data set of some of its videos."""
         return replace(self, videos=[self.videos[i] for i in indices])
 
-    def shard(self, rank: int, world_size: int) -> list[int]:
-        """Return the samples of every world_size-th video, in order."""
-        return [k for k, (i, _) in enumerate(self.items) if i % world_size == rank]
-
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the random views."""
         self.epoch.fill_(epoch)
 
     def __len__(self):
@@ -511,10 +459,13 @@ class VideoDataset:
     def __getitem__(self, pair):
         index, fidelity = pair
         i, first = self.items[index]
-        video = self.videos[i]
-        count = self.num_snippets(video)
+        video, count = self.videos[i], self.counts[i]
         segments, labels = video.actions
-        shift, corner, flip = self._random_view(index) if self.train else (0.0, (0.5, 0.5), False)
+        shift, corner, flip = 0.0, (0.5, 0.5), False
+        if self.train:
+            rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
+            shift, corner = rng.choice([0.0, 0.5]), tuple(rng.random(2).tolist())
+            flip = self.flip and rng.random() < 0.5
 
         source = media.open_media(video.path)
         numbers = snippet_frames(source.num_frames, count, self.frames_per_snippet, self.stride)
@@ -527,19 +478,9 @@ class VideoDataset:
             numbers = numbers[snippet_rows(self.snippets, fidelity.snippets, shift)]
         flat = numbers.flatten().numpy()
         frames = read_view(source, flat, fidelity.size, self.crop, corner, flip)
-        return {
-            "name": video.name,
-            "frames": frames.unflatten(0, numbers.shape),
-            "segments": segments,
-            "target": class_target(labels, self.classes),
-            "last": first + self.snippets >= count,
-        }
-
-    def _random_view(self, index):
-        rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
-        shift = rng.choice([0.0, 0.5])
-        corner = tuple(rng.random(2).tolist())
-        return shift, corner, self.flip and rng.random() < 0.5
+        sample = {"name": video.name, "frames": frames.unflatten(0, numbers.shape)}
+        sample |= targets_of(segments, labels, self.classes)
+        return {**sample, "last": first + self.snippets >= count}
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -548,10 +489,10 @@ class VideoDataset:
 def _open_hdf5(path):
     try:
         import h5py
+
+        return h5py.File(path, "r", locking=False)
     except ImportError:
         raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
-    try:
-        return h5py.File(path, "r", locking=False)
     except OSError as error:
         raise InputError(f"{path} is not a valid HDF5 file ({error})") from None
 
@@ -588,26 +529,23 @@ def read_features(path, values=True):
         if file_path.endswith(".npy"):
             features = np.load(file_path, mmap_mode="r")
         else:
-            features = _read_hdf5(file_path, key, values)
+            # Opened for each video: workers must not share a file that was open at their fork.
+            with _open_hdf5(file_path) as file:
+                node = file[key] if key else file
+                while hasattr(node, "keys"):
+                    if len(node) != 1:
+                        raise ValueError(f"{len(node)} entries instead of one array")
+                    node = node[next(iter(node))]
+                features = np.broadcast_to(np.zeros((), node.dtype), node.shape)
+                if values:
+                    features = node[()]
     except (OSError, ValueError, EOFError, KeyError) as error:
         reason = f"({error}): expected an .npy or HDF5 array (L, C)"
         raise InputError(f"{shown_path(path)} cannot be read {reason}") from None
-    valid = features.ndim == 2 and features.shape[0]
-    if not valid or not np.issubdtype(features.dtype, np.floating):
+    if features.ndim != 2 or not len(features) or not np.issubdtype(features.dtype, np.floating):
         got = f"shape {features.shape}, {features.dtype}"
         raise InputError(f"{shown_path(path)} has {got}; expected floating-point features (L, C)")
     return features
-
-
-def _read_hdf5(path, key, values):
-    # Opened for each video: workers must not share a file that was open when they were forked.
-    with _open_hdf5(path) as file:
-        node = file[key] if key else file
-        while hasattr(node, "keys"):
-            if len(node) != 1:
-                raise ValueError(f"{len(node)} entries instead of one array: {list(node)[:5]}")
-            node = node[next(iter(node))]
-        return node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
 
 
 def check_finite(x, path):
@@ -653,13 +591,6 @@ class FeatureDataset:
             raise InputError(f"{shown_path(path)} has {x.shape[1]} channels, {others}")
         return x, path
 
-    def subset(self, indices) -> "FeatureDataset":
-        """Return a data set of these videos alone."""
-        other = copy.copy(self)
-        other.videos = [self.videos[i] for i in indices]
-        other.paths = [[paths[i] for i in indices] for paths in self.paths]
-        return other
-
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: there is no augmentation."""
 
@@ -690,42 +621,33 @@ class FeatureDataset:
 
     def __getitem__(self, pair):
         index, fidelity = pair
-        segments, labels = self.videos[index].actions
-        return {
-            "name": self.videos[index].name,
-            "features": self.features(index, fidelity.snippets),
-            "segments": segments,
-            "target": class_target(labels, self.classes),
-        }
+        video = self.videos[index]
+        features = self.features(index, fidelity.snippets)
+        targets = targets_of(*video.actions, self.classes)
+        return {"name": video.name, "features": features, **targets}
 
     def statistics(self, max_videos: int = 2000) -> tuple[torch.Tensor, ...]:
-        """Return mean and standard deviation of each channel over snippets, and the standard
-        deviation of a video's mean: three (C,) float32.
+        """Return mean and deviation of snippets, and the deviation of videos' means: three (C,).
 
-        Over at most `max_videos` evenly picked videos. A channel that never changes gets a small,
-        positive deviation.
+        Over at most `max_videos` evenly picked videos; deviations are kept above 0.
         """
         picked = np.linspace(0, len(self) - 1, min(len(self), max_videos)).round().astype(int)
-        means, variances, video_stds = [], [], []
-        for k in range(len(self.paths)):
-            count = 0
-            total, total_sq = np.zeros((2, self.widths[k]))
-            video_means = []
+        columns = []
+        for k, width in enumerate(self.widths):
+            count, moments, video_means = 0, np.zeros((2, width)), []
             for i in picked.tolist():
                 x, path = self._read(i, k)
                 x = np.asarray(x, np.float64)
                 check_finite(x, path)
                 count += len(x)
-                total += x.sum(0)
-                total_sq += (x * x).sum(0)
+                moments += x.sum(0), (x * x).sum(0)
                 video_means.append(x.mean(0))
-            means.append(total / count)
-            variances.append(total_sq / count - (total / count) ** 2)
-            video_stds.append(np.std(video_means, 0))
-        std = np.sqrt(np.maximum(np.concatenate(variances), 0))
+            mean, mean_sq = moments / count
+            variance = np.maximum(mean_sq - mean**2, 0)
+            columns.append((mean, np.sqrt(variance), np.std(video_means, 0)))
+        mean, std, video_std = np.concatenate(columns, 1)
         smallest = 1e-3 * std.max() + 1e-6
-        video_std = np.maximum(np.concatenate(video_stds), smallest)
-        statistics = (np.concatenate(means), np.maximum(std, smallest), video_std)
+        statistics = (mean, np.maximum(std, smallest), np.maximum(video_std, smallest))
         return tuple(torch.from_numpy(x).float() for x in statistics)
 
 
@@ -756,7 +678,6 @@ class SubsequenceDataset:
         self.cache = {i: features.features(i) for i in self.kept} if cached else {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the random starts."""
         self.epoch.fill_(epoch)
 
     def __len__(self):
@@ -771,9 +692,6 @@ class SubsequenceDataset:
         rows = slice(start, start + self.length)
         x = self.cache[i][:, rows] if self.cache else self.dataset.features(i, rows=rows)
         return {"name": self.videos[i].name, "features": x.contiguous()}
-
-
-# ----------------------------------------------------------------------------------------- windows
 
 
 def window_starts(count: int, length: int) -> list[int]:
@@ -807,10 +725,9 @@ def clip_to_window(segments, labels, count, first, length, inside=0.5):
 def windows_with_segments(videos, counts, length):
     """Return (video, first snippet) of every window that training sees; counts: of snippets."""
     found = []
-    for i, (video, count) in enumerate(zip(videos, counts, strict=True)):
-        segments, labels = video.actions
+    for i, count in enumerate(counts):
         for first in window_starts(count, length):
-            if clip_to_window(segments, labels, count, first, length)[1]:
+            if clip_to_window(*videos[i].actions, count, first, length)[1]:
                 found.append((i, first))
     if not found:
         raise InputError(f"no window of {length} snippets (video.snippets) holds half a segment")
@@ -843,25 +760,17 @@ class WindowDataset:
         return len(self.items) if self.train else len(self.videos)
 
     def __getitem__(self, pair):
-        return self._window(pair[0]) if self.train else self._all_windows(pair[0])
-
-    def _window(self, index):
-        i, first = self.items[index]
-        segments, labels = self.videos[i].actions
-        segments, labels = clip_to_window(segments, labels, self.counts[i], first, self.length)
+        if not self.train:
+            x = self.dataset.features(pair[0])
+            windows, starts = cut_windows(x, self.length)
+            sample = {"name": self.videos[pair[0]].name, "features": windows}
+            return {**sample, "first": torch.tensor(starts), "snippets": x.shape[1]}
+        i, first = self.items[pair[0]]
+        video = self.videos[i]
+        actions = clip_to_window(*video.actions, self.counts[i], first, self.length)
         x = self.dataset.features(i, rows=slice(first, first + self.length))
-        return {
-            "name": self.videos[i].name,
-            "features": pad(x, (0, self.length - x.shape[1])),
-            "segments": segments,
-            "target": class_target(labels, self.classes),
-        }
-
-    def _all_windows(self, index):
-        x = self.dataset.features(index)
-        windows, starts = cut_windows(x, self.length)
-        sample = {"name": self.videos[index].name, "features": windows}
-        return {**sample, "first": torch.tensor(starts), "snippets": x.shape[1]}
+        x = pad(x, (0, self.length - x.shape[1]))
+        return {"name": video.name, "features": x, **targets_of(*actions, self.classes)}
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -874,12 +783,10 @@ SHARED_MEMORY_FULL = (
 
 def collate(samples: list[dict]) -> dict:
     """Return a batch: tensors are stacked, numbers become a tensor, names and segments lists."""
-    batch = {}
-    for key in samples[0]:
-        values = [sample[key] for sample in samples]
-        if torch.is_tensor(values[0]) and key != "segments":
-            values = _stack(values)
-        batch[key] = values if key in ("name", "segments") else torch.as_tensor(values)
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    for key, values in batch.items():
+        if key not in ("name", "segments"):
+            batch[key] = _stack(values) if torch.is_tensor(values[0]) else torch.tensor(values)
     return batch
 
 
@@ -902,22 +809,21 @@ def _stack(tensors):
 
 
 class _Batches:
-    """A data set of whole batches: batches[pairs] is the collated batch of (index, Fidelity) pairs.
+    """A data set of collated batches: batches[(index, Fidelity) pairs].
 
-    In a worker an InputError is returned, not raised, to keep its own message, and the batch moves
-    into shared memory here: in the worker's sending thread an error would be lost.
+    An InputError is returned, not raised, so that it leaves a worker with its own message; the
+    batch moves into shared memory here, as an error in the worker's sending thread would be lost.
     """
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, pairs):
-        if get_worker_info() is None:
-            return collate([self.dataset[pair] for pair in pairs])
         try:
             batch = collate([self.dataset[pair] for pair in pairs])
-            for value in batch.values():
-                for x in filter(torch.is_tensor, as_list(value)):
+            if get_worker_info() is not None:
+                values = [x for value in batch.values() for x in as_list(value)]
+                for x in filter(torch.is_tensor, values):
                     x.share_memory_()
             return batch
         except InputError as error:
@@ -969,12 +875,12 @@ class BatchLoader(DataLoader):
                     raise batch
                 yield batch
         except RuntimeError:
-            signals = [-process.exitcode for process in self.processes if process.exitcode]
-            if signal.SIGBUS in signals:
+            killed_by = [-p.exitcode for p in self.processes if (p.exitcode or 0) < 0]
+            if signal.SIGBUS in killed_by:
                 raise InputError(SHARED_MEMORY_FULL) from None
-            if signals and signals[0] > 0:
-                killed = f"a data loading worker was killed ({signal.Signals(signals[0]).name})"
-                raise InputError(f"{killed}; out of memory? set data.workers lower") from None
+            if killed_by:
+                worker = f"a data loading worker was killed ({signal.Signals(killed_by[0]).name})"
+                raise InputError(f"{worker}; out of memory? set data.workers lower") from None
             raise
 
 
@@ -992,14 +898,12 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def iterate(dataset, fidelity, batch_size, *, rank=0, world_size=1, workers=0, device, title=None):
-    """Yield the batches of a data set in order, on the device; each rank its shard.
+    """Yield the batches of a data set in order, on the device; each rank its share of the videos.
 
     title: of a progress bar, shown by rank 0 in a terminal.
     """
-    indices = range(rank, len(dataset), world_size)
-    if hasattr(dataset, "shard"):
-        indices = dataset.shard(rank, world_size)
-    pairs = [(i, fidelity) for i in indices]
+    owners = getattr(dataset, "owners", range(len(dataset)))
+    pairs = [(k, fidelity) for k, i in enumerate(owners) if i % world_size == rank]
     batches = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]
     loader = BatchLoader(dataset, batches, workers, device)
     hidden = title is None or rank > 0 or not sys.stderr.isatty()

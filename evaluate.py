@@ -198,7 +198,8 @@ def fuse_classes(
     Raises InputError if a number is not finite.
     """
     B, K = scores.shape
-    valid = np.ones((B, K), bool) if valid is None else _checked("valid", valid, (B, K))
+    valid = np.ones((B, K)) if valid is None else valid
+    valid = _checked("valid", valid, (B, K)).astype(bool)
     segments = _checked("segments", segments, (B, K, 2), valid)
     scores = _checked("scores", scores, (B, K), valid)
     durations = _checked("durations", durations, (B,))

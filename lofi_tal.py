@@ -62,7 +62,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
     model.to(ddp.device)
     loader = data.BatchLoader(dataset, sampler, cfg.data.workers, ddp.device)
     optimizer = checkpoint.build_optimizer(model, options)
-    progress = checkpoint.Progress(f"{cfg.out}/{name}", model, optimizer, ddp.log)
+    progress = checkpoint.Progress(name, model, optimizer, sampler, options, cfg, ddp)
     progress.resume(trained_on=data.fingerprint(dataset.videos), config=config.snapshot(cfg))
     net = model
     if ddp.world_size > 1:
@@ -73,7 +73,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
         for epoch in range(progress.epoch, options["epochs"]):
             dataset.set_epoch(epoch)
             sampler.set_epoch(epoch, progress.step)  # resumes here: step 0 but in the first epoch
-            log = checkpoint.EpochLog(task, progress, sampler, options, cfg.log_every, ddp)
+            progress.start_epoch()
             for i, batch in enumerate(loader, progress.step):
                 lr = checkpoint.learning_rate(options, epoch + i / sampler.steps_per_epoch)
                 for group in optimizer.param_groups:
@@ -90,20 +90,19 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
                 finite = torch.isfinite(losses["loss"] + norm)
                 flags = {"bad": ~finite, "stop": bool(signals.received)}
                 means = ddp.mean_of({**losses, "gradient_norm": norm, **flags})
-                log.stop_if_bad(means.pop("bad"), batch["name"], losses["loss"], norm)
+                progress.stop_if_bad(means.pop("bad"), batch["name"], losses["loss"], norm)
                 stop = means.pop("stop")
                 optimizer.step()
                 progress.end_step(means)
-                log.step()
-                if stop or progress.is_due(cfg.checkpoint_sec):
-                    progress.save(write=ddp.is_main)
+                if stop or time.monotonic() - progress.last_save > cfg.checkpoint_sec:
+                    progress.save()
                 if stop:
-                    ddp.log(f"{log.title}: stopped after step {i + 1}; rerun to resume")
+                    ddp.log(f"{progress.title}: stopped after step {i + 1}; rerun to resume")
                     raise SystemExit(128 + signals.number)
-            progress.end_epoch(log.close(), write=ddp.is_main)
+            progress.end_epoch()
     for buffer in model.buffers():  # DDP copies rank 0's before a forward, not after the last
         ddp.broadcast(buffer)
-    return progress.seconds
+    return time.monotonic() - progress.started
 
 
 def pretrain_stage(cfg, run, ddp):
@@ -112,14 +111,14 @@ def pretrain_stage(cfg, run, ddp):
     ddp.log(f"pretrain: starting from {weights} weights")
     torch.manual_seed(data.seed_of(cfg.seed, "encoder"))
     encoder = build_encoder(**cfg.encoder, weights=weights)
-    records = {}
-    for task in pretrain.tasks_of(cfg.pretrain.method, cfg.pretrain.pretrained):
-        records[task] = pretrain_task(encoder, task, cfg, ddp)
+    tasks = pretrain.tasks_of(cfg.pretrain.method, cfg.pretrain.pretrained)
+    records = {task: pretrain_task(encoder, task, cfg, ddp) for task in tasks}
     if ddp.is_main:
         checkpoint.save_json({**cfg.pretrain, "tasks": records}, run.accuracy)
         seconds = sum(record["seconds"] for record in records.values())
         seconds += checkpoint.seconds_of(cfg.pretrain.pretrained)
-        checkpoint.save_encoder(encoder, run.encoder("pretrain"), cfg.encoder, seconds)
+        metadata = {"encoder": dict(cfg.encoder), "seconds": seconds}
+        checkpoint.save_weights(encoder, run.encoder("pretrain"), **metadata)
 
 
 def pretrain_task(encoder, task, cfg, ddp):
@@ -160,7 +159,8 @@ def lofi_stage(cfg, run, ddp):
         seconds += localizer.recalibrate(encoder, videos, cfg.data.workers, ddp, **cfg.features)
     if ddp.is_main:
         seconds += checkpoint.seconds_of(weights)
-        checkpoint.save_encoder(encoder, run.encoder("lofi"), cfg.encoder, seconds)
+        metadata = {"encoder": dict(cfg.encoder), "seconds": seconds}
+        checkpoint.save_weights(encoder, run.encoder("lofi"), **metadata)
 
 
 def features_stage(cfg, run, ddp):

@@ -1,11 +1,14 @@
-"""mAP and soft-NMS against plain loops that take the public code's steps: side by side, same data, results compared.
+"""Time mAP and soft-NMS against plain loops that take the public code's steps, and compare results.
 
-    python benchmarks/evaluation.py --annotations activitynet.json [--predictions 1000000] [--full] [--json OUT.json]
+    python -m benchmarks.evaluation --annotations activitynet.json [--predictions 1000000]
+                                    [--full] [--json OUT.json]
 
-mAP: predictions around ActivityNet's real validation segments. The public design keeps them in pandas frames and walks
-them row by row, which takes minutes for a million: without --full it scores a few whole classes, and its rate is what
-is compared. It needs pandas (no dependency of the project); the same loop over numpy arrays is timed too.
-Soft-NMS: the public loop over Python lists, one video after the other, here with the last candidate kept.
+mAP: predictions around ActivityNet's real validation segments. The public design keeps them in
+pandas frames and walks them row by row, which takes minutes for a million: without --full it scores
+a few whole classes, and its rate is what is compared. It needs pandas (no dependency of the
+project); the same loop over numpy arrays is timed too.
+Soft-NMS: the public loop over Python lists, one video after the other, here with the last candidate
+kept.
 All in one thread, wall clock; ours is the best of --repeats, the loops run once.
 """
 
@@ -22,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate as ev  # noqa: E402
+import evaluate as ev
 
 
 def timed(function, repeats=1):
+    """Return what the function returns, and its best time in seconds."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -35,10 +38,11 @@ def timed(function, repeats=1):
     return out, min(times)
 
 
-# ------------------------------------------------------------------------------------------- the public designs
+# ----------------------------------------------------------------------------- the public designs
+
 
 def average_precision(hits, positives):
-    """Area under the interpolated curve, walked point by point."""
+    """Return the area under the interpolated curve, walked point by point."""
     hits = np.asarray(hits, dtype=float)
     precision = np.concatenate([[0], np.cumsum(hits) / np.arange(1, len(hits) + 1), [0]])
     recall = np.concatenate([[0], np.cumsum(hits) / positives, [1]])
@@ -49,129 +53,145 @@ def average_precision(hits, positives):
 
 
 def overlaps(start, end, starts, ends):
+    """Return the tIoU of one segment with several."""
     inter = (np.minimum(end, ends) - np.maximum(start, starts)).clip(0)
     with np.errstate(invalid="ignore"):
         return inter / ((ends - starts) + (end - start) - inter)
 
 
 def take(overlap, index, taken, thresholds):
-    """One prediction at every threshold: hit or not; marks the ground truth it takes."""
-    order, hit = overlap.argsort()[::-1], np.zeros(len(thresholds))
+    """Return hit or not of one prediction at every threshold; mark the ground truth it takes."""
+    order = overlap.argsort()[::-1]
+    hit = np.zeros(len(thresholds))
     for t, threshold in enumerate(thresholds):
         for j in order:
             if overlap[j] < threshold:
                 break
             if not taken[t, index[j]]:
-                taken[t, index[j]] = hit[t] = 1
+                taken[t, index[j]] = 1
+                hit[t] = 1
                 break
     return hit
 
 
 def pandas_map(truth, results, thresholds, labels):
-    """AP averaged over the thresholds, by class, from frames walked row by row. Also the number of predictions."""
+    """Return AP over frames walked row by row: {class: mean over the thresholds}."""
     import pandas as pd
 
-    truth = pd.DataFrame(truth, columns=["video", "label", "start", "end"])
-    rows = {"video": [], "label": [], "start": [], "end": [], "score": []}
+    columns = ["video", "label", "start", "end", "score"]
+    rows = []
     for video, entries in results.items():
-        for e in entries:
-            rows["video"].append(video)
-            rows["label"].append(e["label"])
-            rows["start"].append(float(e["segment"][0]))
-            rows["end"].append(float(e["segment"][1]))
-            rows["score"].append(e["score"])
-    frame, ap = pd.DataFrame(rows), {}
-    truth_by_label, by_label = truth.groupby("label"), frame.groupby("label")
+        for entry in entries:
+            rows.append((video, entry["label"], *map(float, entry["segment"]), entry["score"]))
+    truth_by_label = pd.DataFrame(truth, columns=columns[:4]).groupby("label")
+    by_label = pd.DataFrame(rows, columns=columns).groupby("label")
+    ap = {}
     for label in labels:
-        gt, mine = (groups.get_group(label).reset_index(drop=True) for groups in (truth_by_label, by_label))
+        gt = truth_by_label.get_group(label).reset_index(drop=True)
+        mine = by_label.get_group(label).reset_index(drop=True)
         mine = mine.loc[mine["score"].to_numpy().argsort()[::-1]].reset_index(drop=True)
-        by_video, taken = gt.groupby("video"), np.zeros((len(thresholds), len(gt)))
+        by_video = gt.groupby("video")
+        taken = np.zeros((len(thresholds), len(gt)))
         hits = np.zeros((len(thresholds), len(mine)))
         for i, row in mine.iterrows():
             try:
-                here = by_video.get_group(row["video"])
+                here = by_video.get_group(row["video"]).reset_index()
             except KeyError:
                 continue
-            here = here.reset_index()
-            overlap = overlaps(row["start"], row["end"], here["start"].to_numpy(), here["end"].to_numpy())
+            segments = (here["start"].to_numpy(), here["end"].to_numpy())
+            overlap = overlaps(row["start"], row["end"], *segments)
             hits[:, i] = take(overlap, here["index"].to_numpy(), taken, thresholds)
         ap[label] = np.mean([average_precision(h, len(gt)) for h in hits])
-    return ap, len(frame)
+    return ap
 
 
 def numpy_map(truth, results, thresholds, labels):
-    """The same loop without frames."""
-    gt, rows = {label: {} for label in labels}, {label: [] for label in labels}
+    """Return what pandas_map does, by the same loop without frames."""
+    gt = {label: {} for label in labels}
     for video, label, start, end in truth:
-        if label in labels:
+        if label in gt:
             gt[label].setdefault(video, []).append((start, end))
+    rows = {label: [] for label in labels}
     for video, entries in results.items():
-        for e in entries:
-            rows[e["label"]].append((video, *e["segment"], e["score"]))
+        for entry in entries:
+            rows[entry["label"]].append((video, *entry["segment"], entry["score"]))
     ap = {}
     for label in labels:
-        here, n = {}, 0
+        here = {}
+        n = 0
         for video, segments in gt[label].items():
-            here[video] = np.arange(n, n + len(segments)), *np.array(segments).T
+            here[video] = (np.arange(n, n + len(segments)), *np.array(segments).T)
             n += len(segments)
-        taken, hits = np.zeros((len(thresholds), n)), np.zeros((len(thresholds), len(rows[label])))
+        taken = np.zeros((len(thresholds), n))
+        hits = np.zeros((len(thresholds), len(rows[label])))
         for i, k in enumerate(np.array([row[3] for row in rows[label]]).argsort()[::-1]):
             video, start, end, _ = rows[label][k]
             if video in here:
                 index, starts, ends = here[video]
-                hits[:, i] = take(overlaps(start, end, starts, ends), index, taken, thresholds)
+                overlap = overlaps(start, end, starts, ends)
+                hits[:, i] = take(overlap, index, taken, thresholds)
         ap[label] = np.mean([average_precision(h, n) for h in hits])
-    return ap, sum(map(len, rows.values()))
+    return ap
 
 
 def pair_tiou(s1, e1, s2, e2):
+    """Return the tIoU of two segments."""
     if s2 > e1 or s1 > e2:
         return 0
     return (min(e1, e2) - max(s1, s2)) / (max(e1, e2) - min(s1, s2))
 
 
-def list_soft_nms(starts, ends, scores, sigma, top_k):
-    """One video, lists: the highest score leaves, all others decay."""
-    starts, ends, scores, out = list(starts), list(ends), list(scores), []
+def list_soft_nms(segments, scores, sigma, top_k):
+    """Return (start, end, score) of one video: the highest score leaves, all others decay."""
+    segments = list(segments)
+    scores = list(scores)
+    out = []
     while scores and len(out) < top_k:
         best = int(np.argmax(scores))
-        s, e = starts[best], ends[best]
         for i in range(len(scores)):
             if i != best:
-                overlap = pair_tiou(s, e, starts[i], ends[i])
+                overlap = pair_tiou(*segments[best], *segments[i])
                 if overlap > 0:
                     scores[i] = scores[i] * np.exp(-np.square(overlap) / sigma)
-        out.append((s, e, scores[best]))
-        for column in (starts, ends, scores):
-            column.pop(best)
+        out.append((*segments.pop(best), scores.pop(best)))
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- the runs
+# -------------------------------------------------------------------------------------------- mAP
+
 
 def make_results(database, subset, number, seed=0):
-    """`number` predictions: two thirds around the video's segments with their label, one third anywhere, any label."""
+    """Return predictions: two thirds around the video's segments, one third anywhere, any label."""
     rng = np.random.default_rng(seed)
-    chosen = {v: info for v, info in database.items() if info["subset"] == subset and info["annotations"]}
+    chosen = {}
+    for video, info in database.items():
+        if info["subset"] == subset and info["annotations"]:
+            chosen[video] = info
     labels = sorted({a["label"] for info in chosen.values() for a in info["annotations"]})
-    results, left = {}, number
+    results = {}
+    remaining = number
     for n, (video, info) in enumerate(chosen.items()):
-        k = left // (len(chosen) - n)
-        left -= k
-        around = [info["annotations"][i] for i in rng.integers(0, len(info["annotations"]), k)]
+        k = remaining // (len(chosen) - n)
+        remaining -= k
+        picks = rng.integers(0, len(info["annotations"]), k)
+        around = [info["annotations"][i] for i in picks]
         segment = np.array([a["segment"] for a in around], dtype=np.float64).reshape(k, 2)
         segment += rng.normal(0, 0.25, (k, 2)) * (segment[:, 1:] - segment[:, :1])
         free = rng.random(k) < 1 / 3
         segment[free] = rng.random((free.sum(), 2)) * info["duration"]
-        segment = np.sort(segment.clip(0, info["duration"]), 1)
-        strange = rng.integers(0, len(labels), k)
-        results[video] = [{"label": labels[c] if f else a["label"], "score": s, "segment": t} for a, c, f, s, t in zip(
-            around, strange, free, rng.random(k).round(4).tolist(), segment.tolist())]
+        segment = np.sort(segment.clip(0, info["duration"]), 1).tolist()
+        any_label = rng.integers(0, len(labels), k)
+        scores = rng.random(k).round(4).tolist()
+        results[video] = []
+        for i in range(k):
+            label = labels[any_label[i]] if free[i] else around[i]["label"]
+            detection = {"label": label, "score": scores[i], "segment": segment[i]}
+            results[video].append(detection)
     return results
 
 
 def peak_memory(gt, pred, subset):
-    """GiB of a fresh process that scores the file."""
+    """Return the GiB of a fresh process that scores the file."""
     command = [sys.executable, ev.__file__, "--gt", gt, "--pred", pred, "--subset", subset]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -180,91 +200,151 @@ def peak_memory(gt, pred, subset):
     return usage.ru_maxrss / 2**20
 
 
-def bench_map(args):
-    data = json.loads(Path(args.annotations).read_text())
-    results = make_results(data["database"], args.subset, args.predictions, args.seed)
-    truth = [(v, a["label"], *map(float, a["segment"])) for v, info in data["database"].items()
-             if info["subset"] == args.subset for a in info["annotations"]]
+def time_ours(data, results, args):
+    """Return our metrics, seconds by what they cover, seconds of loading the file, GiB."""
+    subset = args.subset
+    seconds = {}
+    truth = ev._read_ground_truth(data, "ground truth", subset, [])
+    predicted = ev._read_predictions(results, "result", truth, subset, False, [])
+    match = timed(
+        lambda: ev._match_predictions(truth, predicted, ev.ACTIVITYNET_TIOU), args.repeats
+    )
+    seconds["arrays only (no parsing)"] = match[1]
+    loaded = {"results": results}
+    metrics, seconds["from loaded dictionaries"] = timed(
+        lambda: ev.evaluate(data, loaded, subset=subset, analysis=False), args.repeats
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "result.json")
         ev.save_results(results, file, class_source="benchmark")
-        memory = peak_memory(args.annotations, file, args.subset)
-        options = {"subset": args.subset}
+        memory = peak_memory(args.annotations, file, subset)
         _, loading = timed(lambda: json.loads(Path(file).read_text()), args.repeats)
-        _, from_file = timed(lambda: ev.evaluate(data, file, analysis=False, **options), args.repeats)
-        _, with_analysis = timed(lambda: ev.evaluate(data, file, **options), args.repeats)
-    loaded = {"results": results}
-    out, from_dicts = timed(lambda: ev.evaluate(data, loaded, analysis=False, **options), args.repeats)
-    gt_columns = ev._read_ground_truth(data, "ground truth", args.subset, [])
-    columns = ev._read_entries(results, ("segment", "score", "label"), "result", [])
-    video, label = ({name: i for i, name in enumerate(gt_columns[k])} for k in ("videos", "labels"))
-    columns["video"] = np.array([video[v] for v in results])[columns["video"]]
-    columns["label"] = np.array([label[c] for c in columns["label"]])
-    _, arrays = timed(lambda: ev._mean_ap(gt_columns, columns, ev.ACTIVITYNET_TIOU), args.repeats)
+        _, seconds["from the JSON file"] = timed(
+            lambda: ev.evaluate(data, file, subset=subset, analysis=False), args.repeats
+        )
+        _, seconds["from the file, with error analysis"] = timed(
+            lambda: ev.evaluate(data, file, subset=subset), args.repeats
+        )
+    return metrics, seconds, loading, memory
 
-    P = out["predictions"]
-    labels = list(out["AP"]) if args.full else list(out["AP"])[::max(1, len(out["AP"]) // args.classes)][:args.classes]
-    keep = set(labels)
-    some = {v: [e for e in entries if e["label"] in keep] for v, entries in results.items()}
-    rows = {"ours, arrays only (no parsing)": (P, arrays), "ours, from loaded dictionaries": (P, from_dicts),
-            "ours, from the JSON file": (P, from_file), "ours, from the file, with error analysis": (P, with_analysis)}
-    for name, plain in (("plain loop, pandas (the public design)", pandas_map), ("plain loop, numpy", numpy_map)):
+
+def bench_map(args):
+    """Time mAP, print a table and return the figures."""
+    data = json.loads(Path(args.annotations).read_text())
+    results = make_results(data["database"], args.subset, args.predictions, args.seed)
+    metrics, seconds, loading, memory = time_ours(data, results, args)
+    num = metrics["predictions"]
+    rows = {f"ours, {what}": {"predictions": num, "seconds": s} for what, s in seconds.items()}
+    truth = []
+    for video, info in data["database"].items():
+        if info["subset"] == args.subset:
+            for a in info["annotations"]:
+                truth.append((video, a["label"], *map(float, a["segment"])))
+    labels = list(metrics["AP"])
+    if not args.full:
+        labels = labels[:: max(1, len(labels) // args.classes)][: args.classes]
+    some = {}
+    for video, entries in results.items():
+        some[video] = [entry for entry in entries if entry["label"] in labels]
+    some_num = sum(map(len, some.values()))
+    loops = {"pandas (the public design)": pandas_map, "numpy": numpy_map}
+    for name, loop in loops.items():
         try:
-            (ap, n), seconds = timed(lambda: plain(truth, some, ev.ACTIVITYNET_TIOU, labels))
+            ap, s = timed(lambda loop=loop: loop(truth, some, ev.ACTIVITYNET_TIOU, labels))
         except ImportError:
             print("pandas is not installed: the public design's loop is left out")
             continue
-        difference = max(abs(ap[c] - out["AP"][c]) for c in labels)
+        difference = max(abs(ap[label] - metrics["AP"][label]) for label in labels)
         if not difference < 1e-9:
-            raise RuntimeError(f"{name}: AP differs by {difference}")
-        rows[f"{name}, from loaded dictionaries"] = n, seconds
-        rows[f"{name}, from the JSON file"] = n, seconds + loading * n / P
-        print(f"{name}: {len(labels)} classes, {n} predictions, largest difference of AP {difference:.1e}")
+            raise RuntimeError(f"plain loop, {name}: AP differs by {difference}")
+        for what, cost in (
+            ("loaded dictionaries", s),
+            ("the JSON file", s + loading * some_num / num),
+        ):
+            key = f"plain loop, {name}, from {what}"
+            rows[key] = {"predictions": some_num, "seconds": cost}
+        print(f"{name}: {len(labels)} classes, largest difference of AP {difference:.1e}")
+    print_map(rows)
+    print(
+        f"average mAP {metrics['average_mAP']:.4f}; peak memory of `python evaluate.py` on the "
+        f"file: {memory:.2f} GiB\n"
+    )
+    return {"rows": rows, "peak_gib": memory}
 
-    def ratio(name):
-        if name.startswith("ours"):
-            return ""
-        ours, (n, seconds) = rows["ours, " + name.rpartition(", ")[2]], rows[name]
-        return f"{seconds / n / (ours[1] / ours[0]):.0f} x"
 
-    print(ev._table(["mAP, 10 thresholds", "predictions", "seconds", "predictions / s", "ours is faster by"], [
-        [name, n, f"{s:.2f}", f"{n / s:,.0f}", ratio(name)] for name, (n, s) in rows.items()]))
-    print(f"average mAP {out['average_mAP']:.4f}; peak memory of `python evaluate.py` on the file: {memory:.2f} GiB\n")
-    return {"rows": {k: {"predictions": n, "seconds": s} for k, (n, s) in rows.items()}, "peak_gib": memory}
+def print_map(rows):
+    """Print predictions, seconds and rates; of the loops how much faster ours is."""
+    lines = []
+    for name, row in rows.items():
+        rate = row["predictions"] / row["seconds"]
+        faster = ""
+        if not name.startswith("ours"):
+            ours = rows["ours, " + name.rpartition(", ")[2]]
+            faster = f"{ours['predictions'] / ours['seconds'] / rate:.0f} x"
+        lines.append([name, row["predictions"], f"{row['seconds']:.2f}", f"{rate:,.0f}", faster])
+    header = [
+        "mAP, 10 thresholds",
+        "predictions",
+        "seconds",
+        "predictions / s",
+        "ours is faster by",
+    ]
+    print(ev.markdown_table(header, lines))
+
+
+# --------------------------------------------------------------------------------------- soft-NMS
 
 
 def bench_soft_nms(args):
-    B, K, L = args.videos, args.proposals, 100
+    """Time soft-NMS, print a table and return the figures."""
+    B = args.videos
+    snippets = 100
     g = torch.Generator().manual_seed(args.seed)
-    pairs = torch.combinations(torch.arange(L + 1)) / L  # all segments between snippet boundaries
-    segments = torch.stack([pairs[torch.randperm(len(pairs), generator=g)[:K]] for _ in range(B)]).double()
-    scores = torch.rand(B, len(segments[0]), 4, generator=g, dtype=torch.float64).prod(-1)  # start x end x both maps
-    rows, outputs = {}, {}
-    for dtype in (torch.float64, torch.float32):
-        s, p = segments.to(dtype), scores.to(dtype)
+    # All segments between snippet boundaries.
+    pairs = torch.combinations(torch.arange(snippets + 1)) / snippets
+    picks = [torch.randperm(len(pairs), generator=g)[: args.proposals] for _ in range(B)]
+    segments = torch.stack([pairs[pick] for pick in picks]).double()
+    # Start x end x both maps.
+    scores = torch.rand(B, segments.shape[1], 4, generator=g, dtype=torch.float64).prod(-1)
+    seconds = {}
+    for dtype in (torch.float32, torch.float64):
+        s = segments.to(dtype)
+        p = scores.to(dtype)
         ev.soft_nms(s[:4], p[:4])
-        outputs[dtype], rows[f"ours, {str(dtype)[6:]}"] = timed(lambda: ev.soft_nms(s, p), args.repeats)
-    plain, rows["plain loop, lists"] = timed(lambda: [
-        list_soft_nms(*segments[b].T.tolist(), scores[b].tolist(), 0.84, 100) for b in range(B)])
-    kept, decayed, _ = outputs[torch.float64]
-    ours = torch.cat([kept, decayed[..., None]], -1)
+        kept, seconds[f"ours, {str(dtype)[6:]}"] = timed(
+            lambda s=s, p=p: ev.soft_nms(s, p), args.repeats
+        )
+    plain, seconds["plain loop, lists"] = timed(
+        lambda: [
+            list_soft_nms(segments[b].tolist(), scores[b].tolist(), 0.84, 100) for b in range(B)
+        ]
+    )
+    ours = torch.cat([kept[0], kept[1][..., None]], -1)
     difference = (torch.tensor(plain, dtype=torch.float64) - ours).abs().max().item()
     if not difference < 1e-12:
         raise RuntimeError(f"soft-NMS differs by {difference}")
-    print(ev._table([f"soft-NMS, {B} x {segments.shape[1]}, top 100", "seconds", "ms / video", "faster by"], [
-        [name, f"{s:.3f}", f"{1e3 * s / B:.2f}", f"{rows['plain loop, lists'] / s:.0f} x"]
-        for name, s in rows.items()]))
+    lines = []
+    for name, s in seconds.items():
+        faster = seconds["plain loop, lists"] / s
+        lines.append([name, f"{s:.3f}", f"{1e3 * s / B:.2f}", f"{faster:.0f} x"])
+    title = f"soft-NMS, {B} x {segments.shape[1]}, top 100"
+    print(ev.markdown_table([title, "seconds", "ms / video", "faster by"], lines))
     print(f"largest difference of segments and scores (float64): {difference:.1e}")
-    return {"seconds": rows}
+    return {"seconds": seconds}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--annotations", required=True, help="ActivityNet's annotations")
     parser.add_argument("--subset", default="validation")
     parser.add_argument("--predictions", type=int, default=1_000_000)
-    parser.add_argument("--classes", type=int, default=4, help="classes that the plain loops score without --full")
-    parser.add_argument("--full", action="store_true", help="the plain loops score everything (minutes)")
+    classes = "classes that the plain loops score without --full"
+    parser.add_argument("--classes", type=int, default=4, help=classes)
+    full = "the plain loops score everything (minutes)"
+    parser.add_argument("--full", action="store_true", help=full)
     parser.add_argument("--videos", type=int, default=256)
     parser.add_argument("--proposals", type=int, default=2500)
     parser.add_argument("--repeats", type=int, default=3)
@@ -272,8 +352,9 @@ def main():
     parser.add_argument("--json", help="write the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, 1 thread, Python {platform.python_version()}, "
-          f"numpy {np.__version__}, torch {torch.__version__}\n")
+    machine = platform.processor() or platform.machine()
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    print(f"{machine}, 1 thread, {versions}, torch {torch.__version__}\n")
     figures = {"map": bench_map(args), "soft_nms": bench_soft_nms(args)}
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")

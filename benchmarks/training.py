@@ -1,6 +1,6 @@
 """Measure memory and time of LoFi's training step, as ratios of what one run measures side by side.
 
-    python benchmarks/training.py [--runs 5]
+    python -m benchmarks.training [--runs 5]
 
 1. One step of one video at S, T, ST and full fidelity, and at full fidelity in chunks: each in a
    process of its own, peak memory above what it held before its first step. TSM-ResNet-18, full
@@ -25,15 +25,13 @@ from functools import partial
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of GPUs that are not there
-
 import checkpoint
 import data
 import tsm
 from localizer import Distributed, Localizer, autocast, localization_step
 from tools.make_toy import Toy, make_toy
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of GPUs that are not there
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FRAMES = 8
@@ -113,7 +111,15 @@ def compare_fidelities(runs):
     print("| fidelity | peak memory GB | of full | seconds | of full |\n|---|--:|--:|--:|--:|")
     measured = {}
     for name in ("full", "full in chunks", "S", "T", "ST"):
-        command = [sys.executable, __file__, "--fidelity", name, "--runs", str(runs)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.training",
+            "--fidelity",
+            name,
+            "--runs",
+            str(runs),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         measured[name] = json.loads(done.stdout.splitlines()[-1])
     full_memory, full_seconds = measured["full"]

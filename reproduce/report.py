@@ -5,25 +5,26 @@ authors read in the project's own results in notes_TOY.md.
 """
 
 import json
-import os
+import pathlib
 import re
 import shlex
+from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import yaml
-from tools.compare_runs import markdown_table
 
 from config import Config
 from reproduce.results import MARK
+from tools.compare_runs import markdown_table
 
 try:
     from scipy import stats
 except ImportError:
     raise ImportError("reproduce needs SciPy: pip install -e '.[reproduce]'") from None
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = pathlib.Path(__file__).resolve().parent
 LEVEL = 0.05  # of every test
 # Measures that are not shown in percent.
 SCALE = {"probe_auc": 1, "memory": 1, "peak_memory_gb": 1, "seconds": 1, "parameters": 1e-6}
@@ -31,8 +32,7 @@ SCALE = {"probe_auc": 1, "memory": 1, "peak_memory_gb": 1, "seconds": 1, "parame
 
 def load_study():
     """Read tables.yaml; adds `needs`, {row: rows whose folders its config names}."""
-    with open(f"{HERE}/tables.yaml", encoding="utf-8") as file:
-        study = Config(yaml.safe_load(file))
+    study = Config(yaml.safe_load((HERE / "tables.yaml").read_text("utf-8")))
     for kind in ("claims", "controls"):
         for i, entry in enumerate(study[kind]):
             weights = {row: float(Fraction(weight)) for row, weight in entry["weights"].items()}
@@ -56,15 +56,16 @@ def with_needs(rows, needs):
 def paired_test(differences):
     """Test that the mean of differences, one a seed, is 0: a two-sided paired t-test.
 
-    Returns mean, n, ahead (seeds above 0) and p, which is None for a single seed. If all are the
-    same there is no spread to test against: p is 0, or 1 if they are 0.
+    Returns mean, n, ahead (seeds above 0), p and its text; p is None for a single seed. If all are
+    the same there is no spread to test against: p is 0, or 1 if they are 0.
     """
     x = np.asarray(differences, dtype=np.float64)
-    test = SimpleNamespace(mean=x.mean(), n=len(x), ahead=(x > 0).sum(), p=None)
-    if test.n > 1 and np.ptp(x) > 1e-12 * max(1.0, np.abs(x).max()):
-        test.p = stats.ttest_1samp(x, 0).pvalue
-    elif test.n > 1:
+    test = SimpleNamespace(mean=x.mean(), n=len(x), ahead=(x > 0).sum(), p=None, p_text="-")
+    if test.n > 1:
         test.p = float(abs(test.mean) <= 1e-12)
+        if np.ptp(x) > 1e-12 * max(1.0, np.abs(x).max()):
+            test.p = stats.ttest_1samp(x, 0).pvalue
+        test.p_text = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
     return test
 
 
@@ -86,6 +87,7 @@ def judge(measured, claims, above="reproduced", below="not reproduced"):
         if len(differences):
             test = paired_test(differences)
             test.claim = claim
+            test.after_holm = "-"
             test.verdict = above if test.mean > 0 else below
             if test.n < 3:
                 test.verdict = "no verdict"
@@ -94,7 +96,8 @@ def judge(measured, claims, above="reproduced", below="not reproduced"):
             tests.append(test)
     judged = [test for test in tests if test.verdict != "no verdict"]
     for test, rejected in zip(judged, holm([test.p for test in judged]), strict=True):
-        test.after_holm = rejected
+        if test.verdict in (above, below):
+            test.after_holm = "yes" if rejected else "no"
     return tests
 
 
@@ -141,13 +144,6 @@ def show(values, decimals=2, sign="", spread=True, center="mean", missing="-"):
     return f"{text} ± {values.std(ddof=1):.{decimals}f}" if has_spread else text
 
 
-def show_p(p):
-    """Return a p-value as text."""
-    if p is None:
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def listed(values):
     """Return the distinct values as text."""
     return ", ".join(str(v) for v in sorted({v for v in values if v is not None})) or "unknown"
@@ -164,15 +160,12 @@ def verdict_table(tests, measured, with_holm=True):
         cells = [f"{claim.id}: {claim.claim}", claim.source]
         cells.append("-" if claim.paper is None else f"{claim.paper:+.2f}")
         cells.append(show(measured.combine(claim.weights, claim.measure), decimals, "+"))
-        cells += [show_p(test.p), f"{test.ahead} of {test.n}", f"**{test.verdict}**"]
-        if with_holm and "reproduced" in test.verdict:
-            cells.append("yes" if test.after_holm else "no")
-        elif with_holm:
-            cells.append("-")
+        cells += [test.p_text, f"{test.ahead} of {test.n}", f"**{test.verdict}**"]
+        cells += [test.after_holm] * with_holm
         true_classes = ""
         if claim.measure == "average":
             differences = measured.combine(claim.weights, "true")
-            true_classes = f"{show(differences, sign='+')}, p {show_p(paired_test(differences).p)}"
+            true_classes = f"{show(differences, sign='+')}, p {paired_test(differences).p_text}"
         lines.append([*cells, true_classes])
     return markdown_table(header, lines)
 
@@ -181,7 +174,7 @@ def count_line(tests, claims):
     """Return how many of all claims came out how; those that are not judged are named."""
     judged = [test for test in tests if test.verdict != "no verdict"]
     count = [test.verdict for test in judged].count
-    still = sum(test.after_holm for test in judged if test.verdict == "reproduced")
+    still = [(test.verdict, test.after_holm) for test in judged].count(("reproduced", "yes"))
     missing = [c.id for c in claims if c.id not in [test.claim.id for test in judged]]
     line = (
         f"**Of {len(claims)} claims {count('reproduced')} reproduced** ({still} of them still "
@@ -194,26 +187,24 @@ def count_line(tests, claims):
 
 def memory_lines(measured, study):
     """Return verdicts on claims about memory, which has no spread worth a test, from 3 seeds on."""
-    verdicts = {True: "reproduced", False: "not reproduced"}
-    means, sizes = {}, {}
+    gb = {}
     for key, rows in study.memory.items():
         peaks = [measured.combine({row: 1}, "peak_memory_gb") for row in rows]
-        means[key] = [values.mean() for values in peaks if len(values) >= 3]
+        gb[key] = [values.mean() for values in peaks if len(values) >= 3]
+    ratios = {}
+    if len(gb["alike"]) == len(study.memory["alike"]):
+        ratios["alike"] = max(gb["alike"]) / min(gb["alike"])
+        ratios |= {"cycles": 1.0} if gb["cycles"] else {}
+    if len(gb["less"]) == 2:
+        ratios["less"] = gb["less"][1] / gb["less"][0]
+    text = ""
+    for key, ratio in ratios.items():
+        holds = ratio > 1 if key == "less" else ratio <= 1.2
         decimals = 3 if key == "less" else 2
-        sizes[key] = " / ".join(f"{mean:.{decimals}f}" for mean in means[key]) + " GB"
-    lines = []
-    if len(means["alike"]) == len(study.memory["alike"]):
-        ratio = max(means["alike"]) / min(means["alike"])
-        verdict = verdicts[ratio <= 1.2]
-        line = study.texts["alike"].format(sizes=sizes["alike"], ratio=ratio, verdict=verdict)
-        line += study.texts["cycles"].format(sizes=sizes["cycles"]) if means["cycles"] else ""
-        lines.append(line)
-    if len(means["less"]) == 2:
-        ratio = means["less"][1] / means["less"][0]
-        verdict = verdicts[ratio > 1]
-        line = study.texts["less"].format(sizes=sizes["less"], ratio=ratio, verdict=verdict)
-        lines.append(line)
-    return "\n".join(lines)
+        sizes = " / ".join(f"{size:.{decimals}f}" for size in gb[key]) + " GB"
+        verdict = "reproduced" if holds else "not reproduced"
+        text += study.texts[key].format(sizes=sizes, ratio=ratio, verdict=verdict)
+    return text.strip()
 
 
 def table(name, measured, study):
@@ -289,19 +280,18 @@ def made_by(toy, records, study):
     command += f" --set {shlex.join(overrides)}" if overrides else ""
     if any(record["setting"] for record in records):
         command += f"`, then `{command} --sensitivity"
-    keys = ("date", "git", "machine", "torch", "precision", "threads")
+    keys = ("date", "git", "machine", "torch", "threads")
     values = {key: listed(record[key] for record in records) for key in keys}
+    values["precision"] = listed(record["config"]["precision"] for record in records)
     seeds = listed(record["seed"] for record in records if not record["setting"])
     return study.texts["made"].format(commands=command, seeds=seeds, runs=len(records), **values)
 
 
-def toy_section(toy, records, study, with_notes=False, shown=()):
-    """Return what there is to say of one toy; shown: tables to show though they are empty."""
+def toy_section(toy, records, study, with_notes=False):
+    """Return what there is to say of one toy."""
     measured = Measurements([record for record in records if not record["setting"]], study)
-    notes = ""
-    if with_notes and os.path.exists(f"{HERE}/notes_{toy}.md"):
-        with open(f"{HERE}/notes_{toy}.md", encoding="utf-8") as file:
-            notes = file.read()
+    path = HERE / f"notes_{toy}.md"
+    notes = path.read_text("utf-8") if with_notes and path.exists() else ""
     in_short, heading, at_length = notes.partition("### ")
     parts = [f'## Toy "{toy}"', made_by(toy, records, study)]
     tests = judge(measured, study.claims)
@@ -315,10 +305,10 @@ def toy_section(toy, records, study, with_notes=False, shown=()):
     if controls:
         parts.append("### Controls: claimed by nobody, direction open")
         parts.append(verdict_table(controls, measured, with_holm=False))
+    count = Counter(row for table in study.tables.values() for row in table["rows"])
     for name in study.tables:
-        others = [study.tables[other]["rows"] for other in study.tables if other != name]
-        own = [row for row in study.tables[name]["rows"] if not any(row in rows for rows in others)]
-        if name in shown or any(len(measured.combine({row: 1})) for row in own):
+        own = [row for row in study.tables[name]["rows"] if count[row] == 1]
+        if any(len(measured.combine({row: 1})) for row in own):
             parts.append(table(name, measured, study))
     settings = sensitivity_table(records, study)
     if settings:
@@ -326,22 +316,18 @@ def toy_section(toy, records, study, with_notes=False, shown=()):
     return "\n\n".join(part for part in parts if part)
 
 
-def render(records, study, with_notes=False, shown=None):
-    """Return the whole report, from records alone.
-
-    with_notes: with the authors' remarks; shown: {toy: tables to show though they are empty}.
-    """
+def render(records, study, with_notes=False):
+    """Return the whole report, from records alone; with_notes: with the authors' remarks."""
     records = list(records.values())
     toys = {record["toy"] for record in records}
     sections = []
     for toy in sorted(toys, key=lambda toy: (list(study.toys).index(toy.split()[0]), toy)):
         own = [record for record in records if record["toy"] == toy]
-        sections.append(toy_section(toy, own, study, with_notes, (shown or {}).get(toy, ())))
+        sections.append(toy_section(toy, own, study, with_notes))
     overlap = "which are not among these"
     if {record["seed"] for record in records} & set(study.design_seeds):
         overlap = "some of which are among these: other seeds decide"
-    with open(f"{HERE}/report_notes.md", encoding="utf-8") as file:
-        text = file.read()
+    text = (HERE / "report_notes.md").read_text("utf-8")
     design_seeds = listed(study.design_seeds)
     text = text.format(toys="\n\n".join(sections), design_seeds=design_seeds, overlap=overlap)
     return f"{MARK}\n\n{text}"

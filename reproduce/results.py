@@ -12,17 +12,18 @@ import functools
 import glob
 import gzip
 import json
+import operator
 import os
 import subprocess
 import sys
 import time
 
-import config
 import evaluate
 from checkpoint import RunFolder, load_json, load_state, write_atomic
 from media import InputError
 
 MARK = "<!-- made by python -m reproduce.tables -->"  # the first line of a report
+key_of = operator.itemgetter("toy", "setting", "seed", "row")  # tells a record from others
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
 
 
@@ -34,18 +35,12 @@ def locked(path, wait=True):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        reason = "in use by another reproduce.tables or by a run that one left behind"
-        reason = reason if isinstance(error, BlockingIOError) else error.strerror
-        raise InputError(f"{path}: {reason}; wait for it, or name another --runs") from None
+        hint = "wait for the reproduce.tables that uses this folder, or name another"
+        raise InputError(f"{path} cannot be locked ({error.strerror}): {hint}") from None
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def key_of(record):
-    """Return what tells a record from others."""
-    return record["toy"], record["setting"], record["seed"], record["row"]
 
 
 def read_records(folder):
@@ -80,19 +75,6 @@ def update(folder, render, record=None):
             write_atomic(f"{folder}/results.json.gz", lambda file: file.write(packed))
         report = render(records).encode()
         write_atomic(f"{folder}/README.md", lambda file: file.write(report))
-
-
-def comparable(cfg, device, toy):
-    """Return all that a result depends on but the seed, as plain flat data.
-
-    Left out are the folder and keys that may change between two starts of a run.
-    """
-    ignored = config.FREE_KEYS | {"seed", "out"}
-    flat = {key: value for key, value in config.flatten(cfg).items() if key not in ignored}
-    flat |= {f"toy.{knob}": value for knob, value in toy.items() if knob != "seed"}
-    if cfg.precision == "auto":
-        flat["precision"] = "bfloat16" if device == "cuda" else "float32"
-    return json.loads(json.dumps(flat | {"device": device}))
 
 
 def trained_parameters(run):
@@ -142,11 +124,10 @@ def read_probe(run):
     """Return what the linear probe of a SoLa run measured; it is made first if it is missing."""
     path = f"{run.path}/sola/probe.json"
     if not os.path.exists(path):
-        with open(f"{run.path}.log", "a") as log:
-            command = [sys.executable, "-m", "tools.probe_sola", run.path]
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-        if status:
-            raise InputError(f"python -m tools.probe_sola {run.path} failed, see {run.path}.log")
+        command = [sys.executable, "-m", "tools.probe_sola", run.path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"tools.probe_sola {run.path} failed: {done.stderr[-500:]}")
     return load_json(path)
 
 

@@ -55,17 +55,63 @@ class Job:
     def run(self):
         return RunFolder(f"{self.runs}/{self.row}")
 
-    @property
-    def log(self):
-        return f"{self.run.path}.log"
-
     def is_done(self):
         """Return whether what it makes is there."""
         return os.path.exists(f"{self.data}/toy.json" if self.row == "data" else self.run.metrics)
 
 
-class Plan:
-    """Hold what the arguments ask for: jobs {(setting, seed, row): Job}, in order of preference."""
+def visible_gpus(cfg, environment=os.environ):
+    """Return the GPUs to hand out, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    if cfg.device == "cpu":
+        return []
+    count = torch.cuda.device_count()
+    names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return [name.strip() for name in names.split(",") if name.strip()][:count]
+
+
+def job_environment(slot, slots, gpus, environment=os.environ):
+    """Return the environment of a job: its GPU, or its share of the cores unless that is set."""
+    if gpus:
+        return environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+    return {"OMP_NUM_THREADS": str(max(available_cores() // slots, 1))} | dict(environment)
+
+
+def schedule(waiting, start, end, slots, pause_sec=0.2):
+    """Run jobs side by side, at most `slots`; return those that failed.
+
+    waiting: {job: jobs that it needs}, in order of preference, each after what it needs; what needs
+    one that failed counts as failed. start(job, slot) -> a Popen; end(job, status, elapsed_sec) ->
+    whether it went well. An exception, as Ctrl-C, interrupts what runs and waits for it.
+    """
+    waiting = dict(waiting)
+    running, failed = {}, []
+    try:
+        while waiting or running:
+            for job, needs in list(waiting.items()):
+                free = set(range(slots)) - {slot for _, slot, _ in running.values()}
+                if needs & set(failed):
+                    failed.append(job)
+                    del waiting[job]
+                elif free and not needs & (waiting.keys() | running.keys()):
+                    del waiting[job]
+                    running[job] = (start(job, min(free)), min(free), time.monotonic())
+            for job, (process, _, started) in list(running.items()):
+                status = process.poll()
+                if status is not None:
+                    del running[job]
+                    if not end(job, status, time.monotonic() - started):
+                        failed.append(job)
+            time.sleep(pause_sec if running else 0)
+    finally:
+        for process, *_ in running.values():
+            process.send_signal(signal.SIGINT)
+        for process, *_ in running.values():
+            process.wait()
+    return failed
+
+
+class Campaign:
+    """Make the rows that are missing: jobs {(setting, seed, row): Job}, in order of preference."""
 
     def __init__(self, args, study):
         toy = study.toys[args.toy]
@@ -95,6 +141,7 @@ class Plan:
         extra = args.sensitivity_seeds if args.sensitivity else []
         if len({*seeds, *extra}) > 1 and not ("{seed}" in self.data and "{seed}" in self.runs):
             raise InputError(f"{self.data} and {self.runs}: several seeds need {{seed}} in both")
+        self.slots = args.jobs or len(self.gpus) or min(available_cores(), 4)
         self.jobs = {}
         for table in tables:
             for seed in seeds:
@@ -133,10 +180,16 @@ class Plan:
         return config.load_config(self.config_file, self.overrides(job))
 
     def comparable(self, job):
-        """Return what a row's record is compared by: its config, with folders by their role."""
+        """Return all that a row's result depends on but its seed, flat, folders by their role."""
         acp = "ACP" if job.setting else "RUNS"
         role = dataclasses.replace(job, seed=0, data="DATA", runs="RUNS", acp=acp)
-        return results.comparable(self.config(role), self.device, self.toy_of(role).settings())
+        cfg = self.config(role)
+        flat = config.flatten(cfg) | {"device": self.device}
+        flat |= {f"toy.{knob}": value for knob, value in self.toy_of(role).settings().items()}
+        if cfg.precision == "auto":
+            flat["precision"] = "bfloat16" if self.gpus else "float32"
+        ignored = (config.FREE_KEYS | {"seed", "out", "toy.seed"}) - {"device"}
+        return json.loads(json.dumps({k: v for k, v in flat.items() if k not in ignored}))
 
     def toy_of(self, job):
         """Return the toy of a job's seed and setting."""
@@ -161,132 +214,68 @@ class Plan:
         script = [sys.executable, f"{config.HERE}/lofi_tal.py", "--cfg", self.config_file]
         return [*script, "--set", *self.overrides(job)]
 
+    def check(self, records):
+        """Raise InputError for a record or a run that was made otherwise than is asked for now."""
+        found = {}
+        rows = {(self.label, job.setting, job.row): job for job in self.jobs.values()}
+        expected = {key: self.comparable(job) for key, job in rows.items() if job.row != "data"}
+        for (toy, setting, _, row), record in records.items():  # of all seeds: one mean
+            if (toy, setting, row) in expected:
+                old, new = record["config"], expected[toy, setting, row]
+                found[f"{self.args.results}, {row}"] = config.differences(old, new, set())
+        for job in self.jobs.values():
+            if job.row == "data" and job.is_done():
+                make_toy(job.data, self.toy_of(job))  # raises InputError if it is another toy
+            elif job.is_done():
+                device = load_json(job.run.versions)["device"].partition(":")[0]
+                old = config.saved_config(job.run.path) | {"device": device}
+                new = self.config(job) | {"device": self.device}
+                ignore = config.FREE_KEYS - {"device"}
+                found[job.run.path] = config.differences(old, new, ignore)
+        for what, lines in found.items():
+            if lines:
+                hint = "name another --runs and --results"
+                raise InputError("\n".join([f"{what} is another row than this one:", *lines, hint]))
 
-def visible_gpus(cfg, environment=os.environ):
-    """Return the GPUs to hand out, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
-    if cfg.device == "cpu":
-        return []
-    count = torch.cuda.device_count()
-    names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-    return [name.strip() for name in names.split(",") if name.strip()][:count]
+    def pending(self, records):
+        """Return the jobs to run: rows without a record, and what they need."""
+        pending, needed = set(), set()
+        for key, job in reversed(self.jobs.items()):  # each comes after what it needs
+            is_recorded = job.row == "data" or (self.label, *key) in records
+            if not is_recorded or (job in needed and not job.is_done()):
+                pending.add(job)
+                needed |= self.needs(job)
+        return pending
 
+    def run(self, render, descriptors):
+        """Run all pending jobs; return the exit status.
 
-def job_environment(slot, slots, gpus, environment=os.environ):
-    """Return the environment of a job: its GPU, or its share of the cores unless that is set."""
-    if gpus:
-        return environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-    return {"OMP_NUM_THREADS": str(max(available_cores() // slots, 1))} | dict(environment)
-
-
-def check_consistent(plan, records):
-    """Raise InputError for a record or a run that was made otherwise than is asked for now."""
-    rows = {(plan.label, job.setting, job.row): job for job in plan.jobs.values()}
-    expected = {}
-    for (toy, setting, _, row), record in records.items():  # of all seeds: one mean
-        job = rows.get((toy, setting, row))
-        if job and job not in expected:
-            expected[job] = plan.comparable(job)
-        if job:
-            lines = config.differences(record["config"], expected[job], set())
-            refuse(f"{plan.args.results} has another {row} of toy {toy}:", lines)
-    for job in plan.jobs.values():
-        if job.row == "data" and job.is_done():
-            make_toy(job.data, plan.toy_of(job))  # raises InputError if it is another toy
-        elif job.is_done():
-            old = config.saved_config(job.run.path)
-            lines = config.differences(old, plan.config(job), config.FREE_KEYS)
-            device = load_json(job.run.versions)["device"].partition(":")[0]
-            if device != plan.device:
-                lines.append(f"  device: {device!r} there, {plan.device!r} now")
-            refuse(f"{job.run.path} has another {job.row} than is asked for:", lines)
-
-
-def refuse(what, differences):
-    """Raise InputError if there are any differences."""
-    if differences:
-        raise InputError("\n".join([what, *differences, "name another --runs and --results"]))
-
-
-def pending_jobs(plan, records):
-    """Return the jobs to run: rows without a record, and what they need."""
-    pending, needed = set(), set()
-    for key, job in reversed(plan.jobs.items()):  # each comes after what it needs
-        is_recorded = job.row == "data" or (plan.label, *key) in records
-        if not is_recorded or (job in needed and not job.is_done()):
-            pending.add(job)
-            needed |= plan.needs(job)
-    return pending
-
-
-def schedule(waiting, start, end, slots, pause_sec=0.2):
-    """Run jobs side by side, at most `slots`; return those that failed.
-
-    waiting: {job: jobs that it needs}, in order of preference, each after what it needs; what needs
-    one that failed counts as failed. start(job, slot) -> a Popen; end(job, status, elapsed_sec) ->
-    whether it went well. An exception, as Ctrl-C, interrupts what runs and waits for it.
-    """
-    waiting = dict(waiting)
-    running, failed = {}, []
-    try:
-        while waiting or running:
-            for job, needs in list(waiting.items()):
-                free = set(range(slots)) - {slot for _, slot, _ in running.values()}
-                if needs & set(failed):
-                    failed.append(job)
-                    del waiting[job]
-                elif free and not needs & (waiting.keys() | running.keys()):
-                    del waiting[job]
-                    running[job] = (start(job, min(free)), min(free), time.monotonic())
-            for job, (process, _, started) in list(running.items()):
-                status = process.poll()
-                if status is not None:
-                    del running[job]
-                    if not end(job, status, time.monotonic() - started):
-                        failed.append(job)
-            time.sleep(pause_sec if running else 0)
-    finally:
-        for process, *_ in running.values():
-            process.send_signal(signal.SIGINT)
-        for process, *_ in running.values():
-            process.wait()
-    return failed
-
-
-class Campaign:
-    """Make what is not there yet, keep records, print progress."""
-
-    def __init__(self, plan, render, descriptors):
-        self.plan = plan
-        self.update = functools.partial(results.update, plan.args.results, render)
+        descriptors: of locks, which children hold, too.
+        """
+        self.update = functools.partial(results.update, self.args.results, render)
         self.descriptors = descriptors
-        self.slots = plan.args.jobs or len(plan.gpus) or min(available_cores(), 4)
-        self.elapsed_sec = []
-
-    def run(self):
-        """Run all pending jobs; return the exit status."""
-        records = results.read_records(self.plan.args.results)
-        check_consistent(self.plan, records)
-        pending = pending_jobs(self.plan, records)
-        jobs = self.plan.jobs.values()
-        self.count = len(pending)
-        print(f"{self.count} of {len(jobs)} jobs to run, {self.slots} at once", flush=True)
-        waiting = {job: self.plan.needs(job) & pending for job in jobs if job in pending}
+        records = results.read_records(self.args.results)
+        self.check(records)
+        pending = self.pending(records)
+        self.done, self.count, self.began = 0, len(pending), time.monotonic()
+        print(f"{self.count} of {len(self.jobs)} jobs to run, {self.slots} at once", flush=True)
+        waiting = {j: self.needs(j) & pending for j in self.jobs.values() if j in pending}
         failed = schedule(waiting, self.start, self.end, self.slots)
         self.update()
         for job in failed:
-            print(f"failed, or needs one that did: {job}, see {job.log}", file=sys.stderr)
+            print(f"failed, or needs one that did: {job}, see {job.run.path}.log", file=sys.stderr)
         return int(bool(failed))
 
-    def report(self, job, message):
-        print(f"[{len(self.elapsed_sec)}/{self.count}] {job}: {message}", flush=True)
+    def log(self, job, message):
+        print(f"[{self.done}/{self.count}] {job}: {message}", flush=True)
 
     def start(self, job, slot):
         """Start a job, in a session of its own: Ctrl-C reaches it through `schedule` alone."""
-        command = self.plan.command(job)
-        environment = job_environment(slot, self.slots, self.plan.gpus)
-        gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if self.plan.gpus else ""
-        self.report(job, f"started{gpu}")
-        with open(job.log, "a") as log:
+        command = self.command(job)
+        environment = job_environment(slot, self.slots, self.gpus)
+        gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if self.gpus else ""
+        self.log(job, f"started{gpu}")
+        with open(f"{job.run.path}.log", "a") as log:
             print("$", shlex.join(command), file=log, flush=True)
             output = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
             locks = {"start_new_session": True, "pass_fds": self.descriptors}
@@ -296,32 +285,30 @@ class Campaign:
         """Record a finished row; return whether the job did what it should."""
         try:
             if status or not job.is_done():
-                raise InputError(f"status {status}, see {job.log}")
+                raise InputError(f"status {status}, see {job.run.path}.log")
             result = "" if job.row == "data" else f", mAP {100 * self.record(job):.2f} %"
         except config.INPUT_ERRORS as error:
-            self.report(job, f"FAILED: {error}")
+            self.log(job, f"FAILED: {error}")
             return False
-        self.elapsed_sec.append(elapsed_sec)
-        mean_sec = sum(self.elapsed_sec) / len(self.elapsed_sec)
-        remaining = mean_sec * (self.count - len(self.elapsed_sec)) / self.slots / 60
-        self.report(job, f"{elapsed_sec:.0f} s{result}; about {remaining:.0f} min remaining")
+        self.done += 1
+        remaining_sec = (time.monotonic() - self.began) * (self.count / self.done - 1)
+        remaining = f"about {remaining_sec / 60:.0f} min remaining"
+        self.log(job, f"{elapsed_sec:.0f} s{result}; {remaining}")
         return True
 
     def record(self, job):
         """Add a finished row to the records; return its average mAP."""
-        labels = {"toy": self.plan.label, "setting": job.setting, "seed": job.seed, "row": job.row}
-        labels |= {"overrides": self.plan.args.set, "config": self.plan.comparable(job)}
-        labels["precision"] = labels["config"]["precision"]
-        record = labels | results.make_record(self.plan.config(job))
+        labels = {"toy": self.label, "setting": job.setting, "seed": job.seed, "row": job.row}
+        labels |= {"overrides": self.args.set, "config": self.comparable(job)}
+        record = labels | results.make_record(self.config(job))
         self.update(record)
         return record["average"]
 
 
 def parse_args(study, argv=None):
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     several = {"nargs": "+", "default": [], "action": "extend"}
     add("--tables", nargs="+", choices=list(study.tables), help="all, but with --sensitivity none")
@@ -347,17 +334,16 @@ def main(argv=None):
     with config.one_line_errors("reproduce.tables"), contextlib.ExitStack() as locks:
         study = report.load_study()
         args = parse_args(study, argv)
-        plan = Plan(args, study)
         # The authors' remarks speak of the project's own results.
-        ours = os.path.realpath(args.results) == report.HERE
-        shown = {plan.label: args.tables or ()}
-        render = functools.partial(report.render, study=study, with_notes=ours, shown=shown)
+        ours = os.path.realpath(args.results) == str(report.HERE)
+        render = functools.partial(report.render, study=study, with_notes=ours)
         status = 0
         if not args.render:
-            folders = sorted({job.runs for job in plan.jobs.values()})
+            campaign = Campaign(args, study)
+            folders = sorted({job.runs for job in campaign.jobs.values()})
             paths = [f"{folder}/.tables.lock" for folder in folders]
             held = [locks.enter_context(results.locked(path, wait=False)) for path in paths]
-            status = Campaign(plan, render, held).run()
+            status = campaign.run(render, held)
         elif os.path.exists(f"{args.results}/results.json.gz"):
             results.update(args.results, render)
         else:

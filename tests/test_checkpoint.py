@@ -125,9 +125,9 @@ def test_training_writes_a_line_an_epoch(tmp_path, capsys, whole):
     saved = checkpoint.load_checkpoint(f"{tmp_path}/test/checkpoint.pt")
     assert saved["history"] == history and saved["config"]["config"]["log_every"] == 2
     log = capsys.readouterr().out
-    assert log.startswith("test 1/4: after the first step, peak memory 0.")
-    assert log.count(", step 2/5: fidelity S, lr 0.1, loss ") == 2  # epochs 1 and 2
-    assert log.count(", step 4/5: ") == 4 and log.count("/4: fidelity S, lr") == 4
+    steps = [log.count(f", step {step}/5: fidelity S, lr ") for step in range(1, 6)]
+    assert steps == [1, 4, 0, 4, 0] and log.count("/4: fidelity S, lr") == 4
+    assert ", peak_memory_gb 0." in log.splitlines()[0]
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 4), (3, 4)])
@@ -264,8 +264,7 @@ def test_the_optimizer_of_a_config_block(name):
     (group,) = optimizer.param_groups
     assert type(optimizer).__name__.lower() == name and group["weight_decay"] == 1e-3
     assert group["params"] == [model.weight] and group.get("momentum", 0.9) == 0.9
-    checkpoint.set_learning_rate(optimizer, 0.02)
-    assert group["lr"] == 0.02
+    assert group["lr"] == 0.1
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -323,10 +322,10 @@ def test_only_parts_of_dead_processes_are_removed(tmp_path):
 def test_a_stopwatch_goes_on_where_it_was_killed(tmp_path):
     path = f"{tmp_path}/seconds.json"
     checkpoint.save_json({"seconds": 100.0}, path)
-    watch = checkpoint.Stopwatch(path)
-    watch.save()
-    assert 100 < checkpoint.load_json(path)["seconds"] < 110 and watch.seconds > 100
-    assert checkpoint.Stopwatch(f"{tmp_path}/none.json", write=False).seconds < 10
+    seconds = checkpoint.Stopwatch(path).save()
+    assert 100 < checkpoint.load_json(path)["seconds"] == seconds < 110
+    assert checkpoint.Stopwatch(f"{tmp_path}/none.json", write=False).save() < 10
+    assert os.listdir(tmp_path) == ["seconds.json"]
 
 
 # --------------------------------------------------------------------------------- signals, machine
@@ -349,14 +348,13 @@ def test_a_signal_is_noted_or_raised_at_once():
             assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("defer", [True, False])
-def test_the_second_signal_ends_a_process_that_waits_outside_python(defer):
+def test_the_second_signal_ends_a_process_that_waits_outside_python():
     """As in a collective, Python gets no turn in a lock that its own thread holds."""
-    code = f"""
+    code = """
         import ctypes, checkpoint
         lock = ctypes.CDLL(None).pthread_mutex_lock
         mutex = ctypes.create_string_buffer(128)
-        with checkpoint.StopSignals(defer={defer}):
+        with checkpoint.StopSignals(defer=False):
             print("ready", flush=True)
             lock(mutex)
             lock(mutex)

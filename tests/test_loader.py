@@ -166,3 +166,10 @@ def test_ranks_share_the_samples_in_order(tmp_path):
         for r in range(2)
     ]
     assert names == [[["0", "2"], ["4"]], [["1", "3"]]]
+    # Samples that are pieces of a video stay with one rank.
+    dataset.owners = [0, 0, 1, 1, 2]
+    names = [
+        [batch["name"] for batch in data.iterate(dataset, data.NATIVE, 9, rank=r, **options)]
+        for r in range(2)
+    ]
+    assert names == [[["0", "1", "4"]], [["2", "3"]]]

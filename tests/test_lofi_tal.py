@@ -198,7 +198,7 @@ def test_acp_plus_and_icp_feed_the_same_stages(whole, toy, tmp_path, from_acp):
     ]
     assert seconds[1] > seconds[0] > 0  # the cost of what it was made from is in it
     other = f"pretrain.pretrained={tmp_path}/icp/pretrain/encoder.pt"
-    with pytest.warns(UserWarning, match="trained with .*'shift_div': 0"):  # no weight tells that
+    with pytest.warns(UserWarning, match="shift_div 0"):  # no weight tells that
         lofi_tal.main(arguments(toy, tmp_path / "other", "stages=[pretrain]", other))
 
 
@@ -426,9 +426,9 @@ def test_short_videos_are_named_and_too_few_are_an_error(files, tmp_path, capsys
 # -------------------------------------------------------------------------------- several processes
 
 
-def torchrun(num_processes, *options):
+def torchrun(num_processes, *options, script="lofi_tal.py"):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    return [*command, *options, "lofi_tal.py"]
+    return [*command, *options, script]
 
 
 def same_encoder(whole, out, tolerance=1e-5):
@@ -473,12 +473,14 @@ def test_two_processes_give_the_sola_module_of_one(sola_run, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "precision"), [(signal.SIGINT, []), (signal.SIGTERM, BFLOAT16)], ids=["INT", "TERM"]
+    ("number", "changes"),
+    [(signal.SIGINT, []), (signal.SIGTERM, [*BFLOAT16, "stages=[pretrain, lofi]"])],
+    ids=["INT", "TERM"],
 )
 def test_a_signal_and_the_same_command_again_give_the_same_result(
-    toy, tmp_path, from_acp, number, precision
+    toy, tmp_path, from_acp, number, changes
 ):
-    overrides = [*precision, "lofi.epochs=20", "lofi.batch_size=2", "head.epochs=1", from_acp]
+    overrides = [*changes, "lofi.epochs=8", "lofi.batch_size=2", "head.epochs=1", from_acp]
     lofi_tal.main(arguments(toy, tmp_path / "undisturbed", *overrides))
     command = [*PROGRAM, *arguments(toy, tmp_path / "run", "data.workers=1", *overrides)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -486,7 +488,7 @@ def test_a_signal_and_the_same_command_again_give_the_same_result(
     log = []
     for line in process.stdout:
         log.append(line)
-        if line.startswith("lofi 2/20"):
+        if line.startswith("lofi 2/8"):
             # As a terminal or a scheduler does: the whole group, loader workers too.
             os.killpg(process.pid, number)
     assert process.wait(60) == 128 + number, "".join(log)
@@ -495,10 +497,10 @@ def test_a_signal_and_the_same_command_again_give_the_same_result(
     again = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120)
     assert again.returncode == 0, again.stderr
     assert "stage pretrain is done" in again.stdout and "resuming at epoch" in again.stdout
-    assert result_of(tmp_path / "run") == result_of(tmp_path / "undisturbed")
-    for file in ("lofi/encoder.pt", "head/head.pt"):
-        one, two = weights(tmp_path / "run" / file), weights(tmp_path / "undisturbed" / file)
-        assert same(one, two)  # bit for bit
+    files = [f"{tmp_path}/{run}/lofi/encoder.pt" for run in ("run", "undisturbed")]
+    assert same(*map(weights, files))  # bit for bit
+    if not changes:
+        assert result_of(tmp_path / "run") == result_of(tmp_path / "undisturbed")
 
 
 def wait_for(path, process, seconds=120):
@@ -548,6 +550,19 @@ def test_the_second_signal_ends_a_rank_that_waits_for_another(toy, tmp_path, fro
             rank.wait()
 
 
+LATE = """
+import os, sys, time
+
+sys.path.insert(0, os.getcwd())
+import lofi_tal
+
+# After a restart rank 0 comes last: nothing that a dead process left may pass for its own.
+if os.environ["RANK"] == "0" and os.path.exists(sys.argv[1]):
+    time.sleep(1)
+lofi_tal.main(sys.argv[2:])
+"""
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_kill_9_of_a_rank_under_max_restarts_loses_nothing(whole, toy, tmp_path, from_acp, nodes):
     """On one machine, and on two nodes, for which two torchrun agents stand."""
@@ -555,16 +570,18 @@ def test_kill_9_of_a_rank_under_max_restarts_loses_nothing(whole, toy, tmp_path,
     if nodes > 1:
         endpoint = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
         rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", endpoint, "--rdzv_id=test"]
+    (tmp_path / "late.py").write_text(LATE)
+    checkpoint = str(tmp_path / "run/lofi/checkpoint.pt")
+    command = torchrun(2 // nodes, "--max-restarts=1", *rendezvous, script=tmp_path / "late.py")
     overrides = ["stages=[pretrain, lofi]", "checkpoint_sec=0", from_acp]
-    command = torchrun(2 // nodes, "--max-restarts=1", *rendezvous)
-    command += arguments(toy, tmp_path / "run", *overrides)
+    command += [checkpoint, *arguments(toy, tmp_path / "run", *overrides)]
     logs = [tmp_path / f"log{n}" for n in range(nodes)]
     agents = []
     for log in logs:
         with open(log, "w") as file:
             agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=ENV))
     try:
-        wait_for(tmp_path / "run/lofi/checkpoint.pt", agents[0])
+        wait_for(checkpoint, agents[0])
         pid = agents[-1].pid
         with open(f"/proc/{pid}/task/{pid}/children") as file:
             os.kill(int(file.read().split()[-1]), signal.SIGKILL)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections import Counter, namedtuple
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -57,11 +57,29 @@ class Sources:
     annotations: str
     subsets: list[str] | None = None
     frames: str | None = None
-    features: list[str] = field(default_factory=list)
+    features: list[str] = ()
     durations: str | None = None
     settings: dict | None = None
     required: list[str] | None = None
     train: str | None = None
+
+
+def segment_problems(video):
+    """Yield (row, problem) of a video's segments; up to 10 ms beyond its end are no problem."""
+    seen = set()
+    for row, (start, end) in enumerate(video.segments.tolist()):
+        label = video.labels[row]
+        if not math.isfinite(start + end):
+            yield row, "segment is not a number"
+        elif end <= start:
+            yield row, "segment ends before it starts"
+        elif start < 0 or end > video.duration + 0.01:
+            yield row, "segment outside the video"
+        if (start, end, label) in seen:
+            yield row, "duplicate segment"
+        if label.lower() == "ambiguous":
+            yield row, "label Ambiguous"
+        seen.add((start, end, label))
 
 
 def inspect_media(path):
@@ -100,8 +118,8 @@ class SubsetCheck:
 
     def check(self, workers, log):
         """Look at segments, frames, features and durations; log a summary."""
-        for problem, found in data.segment_problems(self.videos).items():
-            for video, row in found:
+        for video in self.videos:
+            for row, problem in segment_problems(video):
                 segment = f"{video.segments[row].tolist()} {video.labels[row]}"
                 self.add(video.name, problem, f"{segment}, duration {video.duration}")
         unreadable = self.check_frames(workers, log) if self.sources.frames else set()
@@ -127,9 +145,9 @@ class SubsetCheck:
             video = self.videos[i]
             if wrong and duration is None:
                 unreadable.add(video.name)
-            if wrong:
-                kind = "frames cannot be read" if duration is None else "video is damaged"
-                self.add(video.name, kind, wrong)
+                self.add(video.name, "frames cannot be read", wrong)
+            elif wrong:
+                self.add(video.name, "video is damaged", wrong)
             if duration and abs(duration - video.duration) > 0.01 * video.duration:
                 there = f"{duration:.2f} s in {jobs[i]}"
                 annotated = f"{video.duration} s in the annotations"
@@ -161,38 +179,36 @@ class SubsetCheck:
 
     def check_what_is_missing(self, unreadable):
         """Note the videos without a duration, and those without frames and features."""
-        frames, features = self.sources.frames, self.sources.features
-        durations = {"durations": self.sources.durations, "features": features or None}
-        self.videos = data.fill_durations(self.videos, **durations)
+        sources = self.sources
+        known = {"durations": sources.durations, "features": sources.features}
+        self.videos = data.fill_durations(self.videos, **known)
         self.without_duration = {v.name for v in self.videos if math.isnan(v.duration)}
+        usable = self.usable["frames"] | self.usable["features"]
         self.without_media = []
-        if frames or features:
-            usable = self.usable["frames"] | self.usable["features"]
+        if sources.frames or sources.features:
             self.without_media = [name for name in self.names if name not in usable]
         for name in self.names:
             if name in self.without_duration and name not in self.without_media:
                 where = "neither annotations nor frames or features tell: set data.durations"
                 self.add(name, "no duration", where)
-        for name in self.without_media:
-            if name not in unreadable:
-                where = f"neither frames in {frames} nor features in {features}"
+            if name in self.without_media and name not in unreadable:
+                where = f"neither frames in {sources.frames} nor features in {sources.features}"
                 self.add(name, "media missing", where)
 
     def obstacles(self, log):
-        """Return what of this subset keeps training from starting."""
+        """Yield what of this subset keeps training from starting."""
         sources = self.sources
-        lacking = [kind for kind in sources.required or () if not self.usable[kind]]
-        given = sources.frames or sources.features
-        if given and sources.required is None and len(self.without_media) == len(self.names):
-            lacking.append("frames or features")
-        reasons = [f"no video of subset {self.name} has {k} that can be read" for k in lacking]
+        kinds = [kind for kind in sources.required or () if not self.usable[kind]]
+        if sources.required is None and self.without_media == self.names:
+            kinds = ["frames or features"]
+        for kind in kinds:
+            yield f"no video of subset {self.name} has {kind} that can be read"
         if len(self.without_duration) == len(self.names):
-            reasons.append(f"no video of subset {self.name} has a duration: set data.durations")
+            yield f"no video of subset {self.name} has a duration: set data.durations"
         if sources.train not in (None, self.name) and not any(v.labels for v in self.videos):
             log(f"{self.name}: no segments, so results will be written and not scored")
         elif not self.classes:
-            reasons.append(f"subset {self.name} has no usable segment")
-        return reasons
+            yield f"subset {self.name} has no usable segment"
 
 
 def check(sources, workers=0, log=print):
@@ -229,35 +245,29 @@ def check(sources, workers=0, log=print):
 
 
 def missing_sources(sources):
-    """Return what is required and not named, or named and not there."""
+    """Yield what is required and not named, or named and not there."""
     given = {"frames": [sources.frames] if sources.frames else [], "features": sources.features}
-    reasons = []
     for kind in given if sources.required is None else sources.required:
         if sources.required and not given[kind]:
-            reasons.append(f"the stages read {kind}: set data.{kind}")
-        gone = [path for path in given[kind] if not os.path.exists(path)]
-        reasons += [f"there are no {kind} at {path}: no such file or folder" for path in gone]
-    return reasons
+            yield f"the stages read {kind}: set data.{kind}"
+        for path in given[kind]:
+            if not os.path.exists(path):
+                yield f"there are no {kind} at {path}: no such file or folder"
 
 
 def odd_channels(source, checks):
-    """Return a Problem for each video whose features have another channel count than most."""
+    """Yield a Problem for each video whose features have another channel count than most."""
     counts = Counter(channels for subset in checks for _, _, channels in subset.channels[source])
-    problems = []
     for subset in checks:
         for video, path, channels in subset.channels[source]:
             usual = counts.most_common(1)[0][0]
             if channels != usual:
                 detail = f"{path} has {channels} channels, most have {usual}"
-                problems.append(Problem(subset.name, video, "other channel count", detail))
-    return problems
+                yield Problem(subset.name, video, "other channel count", detail)
 
 
 def write_problems(problems, path):
-    """Write a line for each problem: subset, video, kind and detail, between tabs.
-
-    Raises InputError if `path` holds anything but such a list.
-    """
+    """Write a line for each problem; raise InputError if `path` holds anything but such a list."""
     if os.path.lexists(path):
         with open(path, errors="replace") as file:
             if not file.readline().startswith(MARK):
@@ -267,35 +277,32 @@ def write_problems(problems, path):
     write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
-def configured(args):
-    """Return the Sources of a config, of which the command line may replace some."""
+def find_sources(args):
+    """Return the Sources of the command line; a config has what is not named there."""
+    given = args.annotations, args.subsets, args.frames, args.features, args.durations
+    if not args.cfg:
+        return Sources(*given)
     cfg = config.load_config(args.cfg, args.set)
     stages = set(cfg.stages)
     settings = {"frames": cfg.video.frames_per_snippet, "stride": cfg.video.stride}
-    settings["rate"] = cfg.video.rate
+    settings |= {"rate": cfg.video.rate}
     if not cfg.video.rate:
         settings["snippets"] = cfg.video.snippets
-    features = args.features or (data.as_list(cfg.data.features) if cfg.data.features else [])
+    features = data.as_list(cfg.data.features or [])
     if not features and {"sola", "head", "detect"} & stages and "features" not in stages:
         features = [RunFolder(cfg.out).features]
+    subsets = [cfg.data.train_subset, cfg.data.val_subset]
+    names = cfg.data.annotations, subsets, cfg.data.frames, features, cfg.data.durations
+    sources = Sources(*(one or other for one, other in zip(given, names, strict=True)))
     target_clips = "pretrain" in stages and cfg.pretrain.method.startswith("acp_plus")
     required = ["frames"] if {"lofi", "features"} & stages or target_clips else []
-    return Sources(
-        args.annotations or cfg.data.annotations,
-        subsets=args.subsets or [cfg.data.train_subset, cfg.data.val_subset],
-        frames=args.frames or cfg.data.frames,
-        features=features,
-        durations=args.durations or cfg.data.durations,
-        settings=settings,
-        required=[*required, "features"] if features else required,
-        train=cfg.data.train_subset,
-    )
+    required += ["features"] if sources.features else []
+    return replace(sources, settings=settings, required=required, train=cfg.data.train_subset)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="tools.check_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("tools.check_data", None, __doc__, formatter_class=raw)
     add = parser.add_argument
     add("--cfg", help="a YAML of configs/, which names all paths")
     add("--set", nargs="+", default=[], action="extend", metavar="key.sub=value")
@@ -312,8 +319,7 @@ def main(argv=None):
             raise InputError("name a config with --cfg, or a file with --annotations")
         if args.workers < 0:
             raise InputError(f"--workers {args.workers}: expected 0 or more")
-        given = (args.annotations, args.subsets, args.frames, args.features, args.durations)
-        sources = configured(args) if args.cfg else Sources(*given)
+        sources = find_sources(args)
         problems, fatal = check(sources, args.workers)
         path = args.problems or f"{os.path.splitext(sources.annotations)[0]}.problems.txt"
         write_problems(problems, path)
@@ -321,13 +327,13 @@ def main(argv=None):
         for kind, count in Counter(problem.kind for problem in problems).items():
             consequence = f" ({CONSEQUENCES[kind]})" if kind in CONSEQUENCES else ""
             print(f"  {count} x {kind}{consequence}")
-        lines = ["    " + "  ".join(problem) for problem in problems[:10]]
-        print(*lines, *fatal, sep="\n", flush=True)
+        for line in ["    " + "  ".join(problem) for problem in problems[:10]] + fatal:
+            print(line)
         return 1 if fatal else 0
 
 
 if __name__ == "__main__":
-    # `| head` ends it quietly; SIGTERM ends the worker processes, too, as Ctrl-C does.
+    # `| head` ends it quietly; SIGTERM ends its worker processes too, as Ctrl-C does.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -81,8 +81,10 @@ def _metrics_files(path):
     if not finished:
         raise InputError(f"{path}: no metrics.json in it or in its folders; has the run finished?")
     if len(finished) < len(files):
-        missing = ", ".join(file for file in files if file not in finished)
-        warnings.warn(f"unfinished, left out: no {missing}", stacklevel=4)
+        count = len(files) - len(finished)
+        noun = "folder" if count == 1 else "folders"
+        note = f"{path}: no metrics.json in {count} {noun} of {len(files)}: left out"
+        warnings.warn(note, stacklevel=4)
     return finished
 
 

@@ -3,8 +3,8 @@
 import os
 import signal
 from contextlib import suppress
-from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing.connection import Pipe, wait
+from multiprocessing.context import SpawnProcess
 
 import torch
 from tqdm import tqdm
@@ -56,7 +56,7 @@ def _run_parallel(function, jobs, workers):
                 try:
                     outcome = pipe.recv()
                     idle.append(worker)
-                except EOFError:
+                except (EOFError, OSError):
                     outcome = None, RuntimeError("its process died: damaged file, or out of memory")
                 yield name, *outcome
     finally:
@@ -68,11 +68,9 @@ class Worker:
     """A process that calls a function on one job after another, which come through a pipe."""
 
     def __init__(self, function):
-        context = get_context("spawn")
-        self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(function, far_end), daemon=True)
-        # Ctrl-C reaches the whole process group. Workers inherit that it is ignored, even while
-        # they start: this process ends them.
+        self.pipe, far_end = Pipe()
+        self.process = SpawnProcess(target=_serve, args=(function, far_end), daemon=True)
+        # Ctrl-C reaches the whole process group: workers inherit that it is ignored.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
         signal.signal(signal.SIGINT, handler)
@@ -81,8 +79,8 @@ class Worker:
 
 def _serve(function, pipe):
     torch.set_num_threads(1)
-    # These are raised when the main process is gone.
-    with suppress(EOFError, BrokenPipeError):
+    # Until the main process is gone.
+    with suppress(EOFError, OSError):
         while True:
             pipe.send(_attempt(function, pipe.recv()))
 
