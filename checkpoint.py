@@ -206,7 +206,7 @@ class Progress:
         self.bar = tqdm(desc=self.title, leave=False, disable=silent, **steps)
 
     def stop_if_bad(self, bad, names, loss, gradient_norm):
-        """Raise InputError, with the videos' names, if a process has numbers that are not finite."""
+        """Raise InputError, with videos' names, if a process has numbers that are not finite."""
         if bad:
             fidelity = self.sampler.fidelity(self.epoch, self.step).name
             measures = f"loss {float(loss):g} or gradient norm {float(gradient_norm):g}"
@@ -287,7 +287,7 @@ def learning_rate(options, epoch):
     return lr * (0.5 * (1 + angle.cos().item()))
 
 
-# ----------------------------------------------------------------------------------------- signals
+# ----------------------------------------------------------------------------- signals and machine
 
 
 class StopSignals:
@@ -340,9 +340,6 @@ class StopSignals:
                 if now - first > window_sec:
                     os._exit(128 + number)
         self.reader.close()
-
-
-# ----------------------------------------------------------------------------------------- machine
 
 
 def peak_memory_gb(device):

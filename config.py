@@ -29,6 +29,7 @@ from checkpoint import RunFolder, load_json, machine_name, remove_stale_parts, s
 from media import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DEFAULT = f"{HERE}/configs/default.yaml"
 
 # The stages, in this order however a config lists them, and what each leaves last in the folder.
 STAGES = {
@@ -42,21 +43,11 @@ STAGES = {
 
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every"}
-COST_KEYS = {
-    "lofi.chunk_snippets",
-    "lofi.accumulate",
-    "encoder.recompute",
-    "features.chunk_snippets",
-}
+COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
+COST_KEYS |= {"features.chunk_snippets"}
 
 # One class for what a user can mend, repeated in the files that can be copied alone.
-INPUT_ERRORS = (
-    InputError,
-    tsm.InputError,
-    video_encoders.InputError,
-    evaluate.InputError,
-)
-
+INPUT_ERRORS = (InputError, tsm.InputError, video_encoders.InputError, evaluate.InputError)
 
 OUT_OF_MEMORY = """in stage lofi set lofi.chunk_snippets or lofi.accumulate (the same gradient) or
 encoder.recompute, in stage features a smaller features.chunk_snippets, else a smaller batch_size"""
@@ -118,11 +109,10 @@ def _parse_yaml(text, source):
 def _read_yaml(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
-            content = _parse_yaml(file.read(), path) or {}
+            content = _parse_yaml(file, path) or {}
     except OSError as error:
-        raise InputError(
-            f"no config file {path} ({error.strerror}): name one of configs/"
-        ) from None
+        reason = error.strerror
+        raise InputError(f"no config file {path} ({reason}): name one of configs/") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is a {type(content).__name__}, expected keys and values")
     return content
@@ -141,20 +131,11 @@ def _kind(value):
     return next((words for types, words in _KINDS.items() if isinstance(value, types)), None)
 
 
-def _checked(value, default, key):
-    """Return a value of the kind of its default; null may become anything but a block."""
-    kind, expected = _kind(value), _kind(default) or "one value"
-    fits = kind == expected or (value is None and isinstance(default, str))
-    if not fits and (default is not None or isinstance(value, dict)):
-        raise InputError(f"config key {key} is {str(value)[:80]!r}, expected {expected}")
-    return value
-
-
 def merge(base, changes, where="", kinds=None):
     """Return a new Config: `base` with `changes` in it.
 
     Raises InputError for a key that base lacks, with the nearest one that it has, and for a value
-    of another kind than the one in `kinds` (default: base).
+    of another kind than in `kinds` (default: base), whose null may be anything but a block.
     """
     kinds = base if kinds is None else kinds
     merged = Config()
@@ -164,15 +145,20 @@ def merge(base, changes, where="", kinds=None):
         if key not in base:
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise InputError(f"unknown config key {where}{key}; did you mean {where}{near}?")
-        merged[key] = _checked(value, kinds[key], f"{where}{key}")
+        default, expected = kinds[key], _kind(kinds[key]) or "one value"
+        fits = _kind(value) == expected or (value is None and isinstance(default, str))
+        if not fits and (default is not None or isinstance(value, dict)):
+            given = str(value)[:80]
+            raise InputError(f"config key {where}{key} is {given!r}, expected {expected}")
+        merged[key] = value
         if isinstance(value, dict):
-            merged[key] = merge(base[key], value, f"{where}{key}.", kinds[key])
+            merged[key] = merge(base[key], value, f"{where}{key}.", default)
     return merged
 
 
 def load_config(path, overrides=()):
     """Return the config of a file over configs/default.yaml, changed by "key.sub=value" words."""
-    default = _read_yaml(f"{HERE}/configs/default.yaml")
+    default = _read_yaml(DEFAULT)
     defaults = flatten(default)
     cfg = merge(default, _read_yaml(path))
     for override in overrides:
@@ -219,23 +205,19 @@ def flatten(cfg, where=""):
 
 
 def differences(old, new, ignore=FREE_KEYS | COST_KEYS):
-    """Return lines that say which keys of two configs differ.
-
-    Left out are the keys in `ignore`, the run's folder, which may move, and lists of stages of
-    which one only goes on further.
-    """
+    """Return lines that say which keys of two configs differ, but those in `ignore`, the run's
+    folder, which may move, and stages of which one list only goes on further."""
     old, new = flatten(old), flatten(new)
     ignore = ignore | {"out"}
     if "recalibrate" in (old["lofi.batchnorm"], new["lofi.batchnorm"]):
         ignore = ignore - {"features.chunk_snippets"}  # statistics are of as many snippets at once
-    lists = [[stage for stage in STAGES if stage in cfg["stages"]] for cfg in (old, new)]
-    shorter, longer = sorted(lists, key=len)
-    if longer[: len(shorter)] == shorter:
+    for flat in (old, new):
+        flat["stages"] = [stage for stage in STAGES if stage in flat["stages"]]
+    if all(a == b for a, b in zip(old["stages"], new["stages"], strict=False)):
         ignore = ignore | {"stages"}
-    keys = [
-        key for key in sorted((old.keys() | new.keys()) - ignore) if old.get(key) != new.get(key)
-    ]
-    return [f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys]
+    keys = sorted((old.keys() | new.keys()) - ignore)
+    pairs = [(key, old.get(key), new.get(key)) for key in keys]
+    return [f"  {key}: {was!r} there, {now!r} now" for key, was, now in pairs if was != now]
 
 
 # ---------------------------------------------------------------------------------------- checking
@@ -249,6 +231,7 @@ CHOICES = {
     "optimizer": ("sgd", "adam", "adamw"),
     "schedule": ("constant", "step", "cosine"),
 }
+# Other numbers are above 0 unless their default is 0, and whole if their default is.
 MAY_BE_ZERO = ("momentum", "weight_decay", "class_weight", "shift_div", "workers", "context_bins")
 NULL_OR_COUNT = ("chunk_snippets", "cycle_length", "durations")
 
@@ -260,16 +243,9 @@ def check(cfg):
     """
     listed = [stage for stage in STAGES if stage in cfg.stages]
     pending = [stage for stage in listed if not os.path.exists(f"{cfg.out}/{STAGES[stage]}")]
-    values, defaults = flatten(cfg), flatten(_read_yaml(f"{HERE}/configs/default.yaml"))
-    rules = {}
-    for key, value in values.items():
-        choices = CHOICES.get(key.rpartition(".")[2])
-        if choices:
-            rules[key] = (value in choices, f"one of {', '.join(choices)}")
-        elif _kind(value) == "a number":
-            rules[key] = _number_rule(key.rpartition(".")[2], value, defaults[key])
-    for wrong in (rules, _rules(cfg), _batch_rules(cfg, pending)):
-        for key, (holds, expected) in wrong.items():
+    values = flatten(cfg)
+    for rules in (_rules_of_one_key(values), _rules(cfg, pending)):
+        for key, holds, expected in rules:
             if not holds:
                 raise InputError(f"config key {key} is {values[key]!r}, expected {expected}")
     run_fidelities(cfg)
@@ -277,63 +253,51 @@ def check(cfg):
     return pending
 
 
-def _number_rule(name, value, default):
-    """A whole number stays one; what is above 0 by default stays so, with few exceptions."""
-    whole = isinstance(default, int) or name in NULL_OR_COUNT
-    positive = default is None or (default > 0 and name not in MAY_BE_ZERO)
-    holds = math.isfinite(value) and (value > 0 if positive else value >= 0)
-    expected = f"a {'whole ' * whole}number {'above 0' if positive else 'of at least 0'}"
-    return holds and (value == int(value) or not whole), expected
+def _rules_of_one_key(values):
+    """Yield (key, whether its value can be used, what is expected) of choices and numbers."""
+    defaults = flatten(_read_yaml(DEFAULT))
+    for key, value in values.items():
+        name = key.rpartition(".")[2]
+        if name in CHOICES:
+            yield key, value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
+        elif _kind(value) == "a number":
+            whole = isinstance(defaults[key], int) or name in NULL_OR_COUNT
+            zero = defaults[key] == 0 or name in MAY_BE_ZERO
+            holds = 0 <= value < math.inf and (zero or value != 0)
+            expected = f"a {'whole ' * whole}number {'of at least 0' if zero else 'above 0'}"
+            yield key, holds and (isinstance(value, int) or not whole), expected
 
 
-def _rules(cfg):
-    """Return {key: (holds, what is expected)}."""
-    data_block, lofi, sola = cfg.data, cfg.lofi, cfg.sola
+def _rules(cfg, pending):
+    """Yield the same of keys that have rules of their own."""
+    lofi, sola, elsewhere = cfg.lofi, cfg.sola, cfg.data.features
+    stages = [s for s in STAGES if not elsewhere or s not in ("lofi", "features")]
+    words = f"some of {', '.join(STAGES)}; not lofi or features if data.features is set"
+    yield "stages", cfg.stages and all(stage in stages for stage in cfg.stages), words
+    yield "out", cfg.out, "a folder"
+    yield "data.annotations", cfg.data.annotations, "a file"
+    words = "true with video.rate, false without, for features of the run's own"
+    yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
-    own_features = not data_block.features
+    yield "device", not no_gpu, "auto or cpu, as torch finds no GPU here"
+    for block in ("gtad", "sola"):
+        yield f"{block}.kernel", cfg[block].kernel % 2, "an odd number"
+    names = ["full", *cfg.fidelities]
+    words = f"a list of {', '.join(names)}"
+    yield "lofi.fidelities", lofi.fidelities and all(f in names for f in lofi.fidelities), words
     in_parts = lofi.chunk_snippets or lofi.accumulate > 1 or cfg.encoder.recompute
-    fidelities = ("full", *cfg.fidelities)
-    positions = [isinstance(p, int) and 0 <= p < sola.subsequence for p in sola.positions]
-    thresholds = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
-    stages = set(cfg.stages) if own_features else set(cfg.stages) - {"lofi", "features"}
-    return {
-        "stages": (
-            cfg.stages and set(cfg.stages) == stages & set(STAGES),
-            f"some of {', '.join(STAGES)}; not lofi or features if data.features is set",
-        ),
-        "out": (cfg.out, "a folder"),
-        "data.annotations": (data_block.annotations, "a file"),
-        "data.windows": (
-            not own_features or data_block.windows == bool(cfg.video.rate),
-            "true with video.rate, false without, for features of the run's own",
-        ),
-        "device": (not no_gpu, "auto or cpu, as torch finds no GPU here"),
-        "gtad.kernel": (cfg.gtad.kernel % 2, "an odd number"),
-        "lofi.fidelities": (
-            lofi.fidelities and set(lofi.fidelities) <= set(fidelities),
-            f"a list of {', '.join(fidelities)}",
-        ),
-        "lofi.batchnorm": (
-            lofi.batchnorm == "frozen" or not in_parts,
-            "frozen with lofi.chunk_snippets, lofi.accumulate or encoder.recompute",
-        ),
-        "sola.kernel": (sola.kernel % 2, "an odd number"),
-        "sola.positions": (
-            len(positions) > 1 and all(positions),
-            f"at least two snippets, 0 to {sola.subsequence - 1}",
-        ),
-        "detect.tiou_thresholds": (thresholds and all(thresholds), "numbers in (0, 1]"),
-    }
-
-
-def _batch_rules(cfg, pending):
+    words = "frozen with lofi.chunk_snippets, lofi.accumulate or encoder.recompute"
+    yield "lofi.batchnorm", lofi.batchnorm == "frozen" or not in_parts, words
+    inside = [isinstance(p, int) and 0 <= p < sola.subsequence for p in sola.positions]
+    words = f"at least two snippets, 0 to {sola.subsequence - 1}"
+    yield "sola.positions", len(inside) > 1 and all(inside), words
+    possible = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
+    yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    rules = {}
-    for stage in {"lofi", "sola", "head"} & set(pending):
+    for stage in [s for s in pending if s in ("lofi", "sola", "head")]:
         parts = world_size * cfg[stage].get("accumulate", 1)
-        expected = f"a multiple of {parts}: {world_size} processes and their micro-batches"
-        rules[f"{stage}.batch_size"] = (cfg[stage].batch_size % parts == 0, expected)
-    return rules
+        words = f"a multiple of {parts}: {world_size} processes and their micro-batches"
+        yield f"{stage}.batch_size", cfg[stage].batch_size % parts == 0, words
 
 
 def _check_files(cfg, pending):
@@ -349,9 +313,8 @@ def _check_files(cfg, pending):
             load_videos(cfg, split, cfg.data.frames, "frames", log=lambda message: None)
     readers = {"pretrain.init": "pretrain", "detect.class_scores": "detect"}
     # A finished encoder is read by the first stage that has to do with one.
-    for stage in ("features", "lofi", "pretrain"):
-        if stage in cfg.stages:
-            readers["pretrain.pretrained"] = stage
+    with_encoder = [stage for stage in ("pretrain", "lofi", "features") if stage in cfg.stages]
+    readers |= {"pretrain.pretrained": stage for stage in with_encoder[:1]}
     for key, stage in readers.items():
         path = flatten(cfg)[key]
         word = path in (None, "random", "torchvision", "own", "ground_truth")
@@ -479,12 +442,11 @@ def open_run(cfg, ddp):
     ours = (os.path.basename(run.config), os.path.basename(run.versions))
     if os.path.exists(run.config) and any(not f.startswith(ours) for f in os.listdir(cfg.out)):
         old = saved_config(cfg.out)
-        lines = "\n".join(differences(old, cfg))
+        lines = differences(old, cfg)
         if lines:
-            raise InputError(
-                f"{cfg.out} was created with a different config:\n{lines}\n"
-                "name another folder with --set out=..., or remove that one yourself"
-            )
+            remedy = "name another folder with --set out=..., or remove that one yourself"
+            title = f"{cfg.out} was created with a different config:"
+            raise InputError("\n".join([title, *lines, remedy]))
         # What was once made stays in the record.
         cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
     if ddp.is_main:
@@ -502,24 +464,18 @@ def open_run(cfg, ddp):
 def save_feature_info(cfg, run, weights, datasets, seconds):
     """Write features.json beside the features of stage features: what they are of."""
     video = cfg.video
-    info = {
-        "encoder": weights,
-        "encoder_sha256": data.file_hash(weights),
-        **cfg.encoder,
-        **video,
-        "snippet_stride_sec": 1 / video.rate if video.rate else "duration_sec / snippets",
-        "snippet_window_frames": video.frames_per_snippet * video.stride,
-        "seconds": seconds + seconds_of(weights),
-        "videos": data.describe_videos([v for dataset in datasets for v in dataset.videos]),
-    }
+    info = {"encoder": weights, "encoder_sha256": data.file_hash(weights), **cfg.encoder, **video}
+    info["snippet_stride_sec"] = 1 / video.rate if video.rate else "duration_sec / snippets"
+    info["snippet_window_frames"] = video.frames_per_snippet * video.stride
+    info["seconds"] = seconds + seconds_of(weights)
+    info["videos"] = data.describe_videos([v for dataset in datasets for v in dataset.videos])
     save_json(info, f"{run.features}/features.json")
 
 
 def save_sola_info(cfg, run, datasets, seconds):
     """Write features.json beside the features of stage sola: that of those before it, and more."""
     source = feature_source(cfg, run, raw=True)
-    before = data.read_feature_info(source)
-    info = dict(before[0]) if before else {}
+    info = dict(*data.read_feature_info(source)[:1])
     videos = [video for dataset in datasets for video in dataset.videos]
     info["videos"] = {video.name: {"duration_sec": video.duration} for video in videos}
     info |= {"sola": run.sola, "from": source, "channels": datasets[0].channels}
@@ -545,11 +501,9 @@ def score_run(cfg, run, videos, trained_on, seconds):
     metrics = evaluate.evaluate(truth, run.result, **options)
     metrics["AR"] = evaluate.evaluate(truth, run.proposals, subset=subset, ar=True)["AR"]
     save_json({**metrics, **record}, run.metrics)
-    mean_ap, evaluated = metrics["mAP"], metrics["evaluated_videos"]
+    mean_ap, found, total = (metrics[k] for k in ("mAP", "evaluated_videos", "ground_truth_videos"))
     shown = [t for t in ("0.5", "0.75", "0.95") if t in mean_ap] if "0.75" in mean_ap else mean_ap
     values = ", ".join(f"@{t} {100 * mean_ap[t]:.2f}" for t in shown)
-    line = f"{run.path}: mAP {values}, average {100 * metrics['average_mAP']:.2f} %; evaluated "
-    line += f"{evaluated} of {metrics['ground_truth_videos']} videos"
-    if evaluated < metrics["ground_truth_videos"]:
-        line += f" (on these alone average {100 * metrics['common']['average_mAP']:.2f} %)"
-    return line
+    line = f"{run.path}: mAP {values}, average {100 * metrics['average_mAP']:.2f} %"
+    alone = f" (on these alone average {100 * metrics['common']['average_mAP']:.2f} %)"
+    return f"{line}; evaluated {found} of {total} videos{alone if found < total else ''}"

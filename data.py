@@ -12,6 +12,7 @@ Legend: B videos, C channels, L snippets, T frames a snippet, N segments, F fram
 """
 
 import atexit
+import copy
 import json
 import math
 import multiprocessing
@@ -590,6 +591,13 @@ class FeatureDataset:
             others = f"{shown_path(self.paths[k][0])} has {self.widths[k]}"
             raise InputError(f"{shown_path(path)} has {x.shape[1]} channels, {others}")
         return x, path
+
+    def subset(self, indices) -> "FeatureDataset":
+        """Return the same data set of some of its videos."""
+        other = copy.copy(self)
+        other.videos = [self.videos[i] for i in indices]
+        other.paths = [[paths[i] for i in indices] for paths in self.paths]
+        return other
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: there is no augmentation."""

@@ -125,8 +125,8 @@ def pretrain_task(encoder, task, cfg, ddp):
     """Train the encoder below a linear classifier of clips; return a record of how it went."""
     options = pretrain.task_options(cfg.pretrain, task)
     clips = pretrain.load_clips(task, options, **config.clip_sources(cfg, task, ddp.log))
-    views = {"frames": options["frames"], "group_size": pretrain.group_size(task)}
-    views |= {key: cfg.video[key] for key in ("stride", "crop", "flip")}
+    views = {key: cfg.video[key] for key in ("stride", "crop", "flip")}
+    views["frames"] = options["frames"]
     train_set = pretrain.ClipDataset(clips.train, train=True, seed=cfg.seed, **views)
     torch.manual_seed(data.seed_of(cfg.seed, task))
     model = pretrain.ClipClassifier(encoder, len(clips.classes))
@@ -136,7 +136,7 @@ def pretrain_task(encoder, task, cfg, ddp):
     seconds = train(model, train_set, [full], step, f"pretrain/{task}", options, cfg, ddp, **group)
     val_set = pretrain.ClipDataset(clips.val, **views)
     batches = data.iterate(val_set, full, 64, workers=cfg.data.workers, **ddp.place)
-    record = pretrain.held_out_accuracy(model, batches, clips, ddp.autocast, ddp.sum)
+    record = pretrain.held_out_accuracy(model, batches, clips, ddp)
     ddp.log(f"{task}: held-out accuracy {record['top1']}, chance {record['chance']}")
     return {**record, "seconds": seconds}
 

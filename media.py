@@ -158,14 +158,9 @@ def positive(info, *keys):
 
 
 class JpegFrames:
-    """A video as JPEG images.
-
-    kept: the numbers of the frames that there are, ascending (K,). short_sides: of the copies of
-    each frame, the largest first; None where there is but one.
-    """
+    """A video as JPEG images. kept: the numbers of the frames that there are, ascending (K,)."""
 
     note = None
-    short_sides = (None,)
 
     def read(self, numbers, short_side: float | None = None, view=None) -> Tensor:
         """Read frames by number, each replaced by the nearest one kept: (F, 3, H, W) uint8.
@@ -175,42 +170,35 @@ class JpegFrames:
         """
         # Clamped snippets ask for a frame several times: each is decoded once.
         kept, places = np.unique(nearest(self.kept, np.asarray(numbers)), return_inverse=True)
-        copy = self._choose_copy(short_side)
-        frames = (self._decode(number, copy) for number in self.kept[kept].tolist())
-        return stack_frames(frames, places, view, self.path)
+        entries = self._entries(self.kept[kept].tolist(), short_side)
+        return stack_frames(map(self._decode, entries), places, view, self.path)
 
     def decode(self, numbers, short_side: float | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (number, frame (3, H, W)) for each of the numbers, ascending."""
         for number in np.unique(numbers).tolist():
             yield number, self.read([number], short_side)[0]
 
-    def _choose_copy(self, short_side):
-        """Return which copies are the smallest with so many pixels, rounded; 0: the full frames."""
-        smaller = list(enumerate(self.short_sides))[1:]
-        large_enough = [k for k, side in smaller if short_side and side > short_side - 0.5]
-        return max(large_enough, default=0)
-
-    def _decode(self, number, copy):
+    def _decode(self, entry):
         try:
-            return decode_jpeg(self._jpeg(number, copy))
+            return decode_jpeg(self._jpeg(entry))
         except DAMAGE as error:
-            name = self._name(number)
-            raise InputError(f"{self.path}: frame {name} is not a valid JPEG ({error})") from None
+            raise InputError(f"{self.path}: {entry} is not a valid JPEG image ({error})") from None
 
 
 class FrameZip(JpegFrames):
     """A video prepared as a ZIP of JPEG frames, as the head of this file describes it.
 
     num_frames, fps and duration are those of the video, not of what is kept of it. prepared: the
-    settings it was prepared with, or None.
+    settings it was prepared with, or None. short_sides: of its copies, the largest first.
     """
 
     def __init__(self, path):
         self.path = path
         self.places = {}
+        self.short_sides = [None]
         try:
             self.file = FileIO(path)
-            info = self._read_places() or json.loads(self.zip.read("video.json"))
+            info = self._read_places() or json.loads(self.archive.read("video.json"))
             self.fps, self.duration = positive(info, "fps", "duration_sec")
             (self.num_frames,) = positive(info, "num_frames")
             self.kept = np.asarray(info["frames"])
@@ -224,7 +212,7 @@ class FrameZip(JpegFrames):
         self.prepared = info.get("prepared")
 
     @cached_property
-    def zip(self):
+    def archive(self):
         return zipfile.ZipFile(self.path)
 
     def _read_places(self):
@@ -234,9 +222,9 @@ class FrameZip(JpegFrames):
         JPEG: a tenth of its time at full fidelity, a third at fidelity S. Our ZIPs begin with
         video.json, which has the sizes of the JPEGs that follow, each after 30 bytes and its name.
         """
+        # The signature, the method 0 (stored), the lengths of name and extra field, the name.
         header = self.file.read(40)
-        stored = header[:4] == b"PK\3\4" and header[8:10] == b"\0\0"
-        if not stored or header[26:] != b"\x0a\0\0\0video.json":
+        if header[:4] + header[8:10] + header[26:] != b"PK\3\4\0\0\x0a\0\0\0video.json":
             return None
         info = json.loads(self.file.read(int.from_bytes(header[18:22], "little")))
         if "bytes" not in info:
@@ -254,8 +242,13 @@ class FrameZip(JpegFrames):
             raise ValueError(f"truncated: {size} of at least {end} bytes")
         return info
 
-    def _jpeg(self, number, copy):
-        entry = entry_name(number, copy, self.short_sides)
+    def _entries(self, numbers, short_side):
+        """Return the entries of frames, in the smallest copy with so many pixels, rounded."""
+        least = short_side - 0.5 if short_side else float("inf")
+        copy = max((k for k, side in enumerate(self.short_sides) if k and side > least), default=0)
+        return [entry_name(number, copy, self.short_sides) for number in numbers]
+
+    def _jpeg(self, entry):
         if entry in self.places:
             start, size = self.places[entry]
             jpeg = bytearray(size)
@@ -263,10 +256,7 @@ class FrameZip(JpegFrames):
             if jpeg.startswith(b"\xff\xd8"):
                 return torch.frombuffer(jpeg, dtype=torch.uint8)
         # A ZIP of other origin, or one packed again: its full frames.
-        return self.zip.read(self._name(number))
-
-    def _name(self, number):
-        return entry_name(number, 0, self.short_sides)
+        return self.archive.read(os.path.basename(entry))
 
 
 def entry_name(number, copy, short_sides):
@@ -294,7 +284,8 @@ class FrameFolder(JpegFrames):
             kinds = f"frames of several kinds, {prefixes}" if prefixes else "no frames"
             raise InputError(f"{path} holds {kinds}: expected files img_00001.jpg ...")
         names = found[prefixes[0]]
-        self.names = {number - min(names): name for number, name in names.items()}
+        first = min(names)
+        self.names = {number - first: name for number, name in names.items()}
         self.kept = np.array(sorted(self.names))
         self.num_frames = int(self.kept[-1]) + 1
         self.fps, self.duration = self._read_info(f"{path}/video.json")
@@ -312,11 +303,11 @@ class FrameFolder(JpegFrames):
                 f"({type(error).__name__}: {error}); correct or remove it"
             ) from None
 
-    def _jpeg(self, number, copy):
-        return f"{self.path}/{self.names[number]}"
+    def _entries(self, numbers, short_side):
+        return [self.names[number] for number in numbers]
 
-    def _name(self, number):
-        return self.names[number]
+    def _jpeg(self, entry):
+        return f"{self.path}/{entry}"
 
 
 class StillImage(JpegFrames):
@@ -330,11 +321,11 @@ class StillImage(JpegFrames):
     def __init__(self, path):
         self.path = path
 
-    def _jpeg(self, number, copy):
-        return self.path
+    def _entries(self, numbers, short_side):
+        return [os.path.basename(self.path)]
 
-    def _name(self, number):
-        return os.path.basename(self.path)
+    def _jpeg(self, entry):
+        return self.path
 
 
 # ------------------------------------------------------------------------------------ video files
@@ -361,9 +352,9 @@ class VideoFile:
         self.num_frames = len(scan)
         declared = self._declared_sec(stream, container)
         if self.covered < 0.99 * declared:
+            declares = f"{declared:.2f} s that its header tells"
+            self.note = f"its frames cover {self.covered:.2f} of the {declares}"
             # Annotations count on the whole video: its last frame stays on screen to the end.
-            told = f"the {declared:.2f} s that its header tells"
-            self.note = f"its frames cover {self.covered:.2f} of {told}"
             self.duration = declared
             self.num_frames = round(self.num_frames * declared / self.covered)
         if self.covered < MIN_COVERAGE * declared:
@@ -418,29 +409,21 @@ class VideoFile:
         numbers = numbers[index >= 0]
         index = index[index >= 0]
         decoder = None
-        position = 0
-        # Up to here frames are decoded one by one, to find the first that fails.
-        careful_until = 0
-        while position < len(index):
-            step = 1 if position < careful_until else 16
-            part = index[position : position + step]
+        k = 0
+        while k < len(index):
             try:
                 decoder = decoder or self._make_decoder(short_side)
-                batch = decoder.get_frames_at(part.tolist())
-                if np.abs(batch.pts_seconds.numpy() - self.stamps[part]).max() > 1e-4:
+                frame = decoder.get_frame_at(int(index[k]))
+                if abs(frame.pts_seconds - self.stamps[index[k]]) > 1e-4:
                     raise RuntimeError("frames are missing")
             except RuntimeError:
                 # After an error the state of a decoder is undefined.
                 decoder = None
-                if len(part) > 1:
-                    careful_until = position + len(part)
-                else:
-                    later_keys = self.key_frames[self.key_frames > part[0]]
-                    next_key = later_keys.min(initial=len(self.times))
-                    position = int(np.searchsorted(index, next_key))
+                later_keys = self.key_frames[self.key_frames > index[k]]
+                k = int(np.searchsorted(index, later_keys.min(initial=len(self.times))))
                 continue
-            yield from zip(numbers[position : position + step].tolist(), batch.data, strict=True)
-            position += len(part)
+            yield int(numbers[k]), frame.data
+            k += 1
 
     def _make_decoder(self, short_side):
         scale = np.ceil(short_side) / min(self.height, self.width) if short_side else 1

@@ -1,6 +1,6 @@
 """Pre-train a snippet encoder by classification, as the baselines of LoFi's Tables 1 and 7 do.
 
-Each task is a choice of clips and classes for the one training loop:
+Each task is a choice of clips and classes for the one training loop, and leaves an encoder:
     icp                  still images: SOURCE/{train,val}/CLASS/*.jpg
     acp                  trimmed clips of an auxiliary set, by action
     acp_plus             the target's annotated segments, by action (section 4.2)
@@ -9,18 +9,19 @@ Each task is a choice of clips and classes for the one training loop:
     speed                normal or double speed? SpeedNet, Benaim et al., CVPR 2020 (section 4.7)
 
 acp, arrow and speed read a folder SOURCE/{train,val}/CLASS/ of ZIPs of frames, folders of frames
-or video files; a CSV; or the segments of an ActivityNet JSON. Every task leaves an encoder.
+or video files; a CSV; or the segments of an ActivityNet JSON.
 """
 
 import csv
 import math
 import os
+from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import data
 import media
@@ -35,7 +36,6 @@ METHODS = {  # pretrain.method -> its tasks, in order
     "arrow": ["arrow"],
     "speed": ["speed"],
 }
-OPTIONS = {"acp_plus_background": "acp_plus"}  # task -> its block of options, if not of its name
 PLAYBACKS = {"arrow": ("forward", "reversed"), "speed": ("normal", "double")}  # their classes
 SUBSETS = ("training", "validation")
 
@@ -47,45 +47,29 @@ def tasks_of(method, pretrained):
     """
     if method not in METHODS:
         raise InputError(f"pretrain.method is {method!r}, expected one of {', '.join(METHODS)}")
-    if not pretrained:
-        return METHODS[method]
-    if method in PLAYBACKS or (method == "icp" and pretrained != "torchvision"):
+    if pretrained and (method in PLAYBACKS or (method == "icp" and pretrained != "torchvision")):
         raise InputError(
             f"pretrain.pretrained {pretrained} cannot replace the training of pretrain.method "
             f"{method}:\nset pretrain.pretrained=null, or pretrain.method=none for that encoder"
         )
-    return METHODS[method][1:]
+    return METHODS[method][1:] if pretrained else METHODS[method]
 
 
 def task_options(block, task):
-    """Return a task's options from the config block `pretrain`.
-
-    arrow and speed without a source take the clips of acp.
-    """
-    options = dict(block[OPTIONS.get(task, task)])
+    """Return a task's options from the config block `pretrain`: arrow and speed without a source
+    take the clips of acp."""
+    options = dict(block[task.removesuffix("_background")])
     if task in PLAYBACKS and options["source"] is None:
         options |= {key: block["acp"][key] for key in ("source", "media")}
     return options
 
 
-def group_size(task):
-    """Return how many clips in a row belong into one batch: all playbacks of one (SpeedNet).
-
-    Else the looks of the clips drown what tells the playbacks apart.
-    """
-    return len(PLAYBACKS.get(task, ("forward",)))
-
-
-# ------------------------------------------------------------------------------------------- clips
-
-
 @dataclass(frozen=True)
 class Clip:
-    """A part of a video and its class.
+    """A part of a video, of all of it from 0 to inf, and its class. playback: see clip_frames.
 
-    start_sec, end_sec: 0 and inf for a trimmed clip. duration_sec: of the whole video, as
-    annotated; times are then fractions of it, as in every stage. None: the media tell their frame
-    rate. playback: see clip_frames.
+    duration_sec: of the whole video, as annotated; times are then fractions of it, as in every
+    stage. None: the media tell their frame rate.
     """
 
     path: str
@@ -96,49 +80,46 @@ class Clip:
     playback: str = "forward"
 
 
-@dataclass
-class Clips:
-    """Training and held-out clips and the names of their classes."""
-
-    train: list
-    val: list
-    classes: list
+Clips = namedtuple("Clips", "train val classes")  # two lists of Clip, and the names of classes
 
 
 def load_clips(task, options, *, videos=None, num_snippets=None, subsets=SUBSETS, log=print):
     """Return the Clips of a task; InputError for what its source lacks.
 
-    options: source and media. videos: (train, val) lists of data.Video, for acp_plus. num_snippets:
-    of a video; shorter background is none. subsets: train and val in an ActivityNet JSON; if it
-    lacks them, training and validation.
+    options: source, and media, the frames of a JSON's videos (None: `frames` beside it). videos:
+    (train, val) lists of data.Video, for acp_plus. num_snippets: of a video; shorter background is
+    none. subsets: train and val in a JSON; if it lacks them, training and validation.
     """
-    if task in ("acp_plus", "acp_plus_background"):
+    if task.startswith("acp_plus"):
         return segment_clips(*videos, 1 / num_snippets if task == "acp_plus_background" else None)
     source = options["source"]
     if source is None:
         raise InputError(f"pretrain.{task}.source is not set: name a folder, CSV or JSON of clips")
-    if task != "icp" and source.lower().endswith(".csv"):
+    suffix = os.path.splitext(source)[1].lower()
+    if suffix == ".csv" and task != "icp":
         clips = csv_clips(source, log)
-    elif task != "icp" and source.lower().endswith(".json"):
-        clips = json_clips(source, options["media"], subsets, log)
+    elif suffix == ".json" and task != "icp":
+        annotated = data.load_annotations(source)
+        names = subsets if set(subsets) <= set(annotated) else SUBSETS
+        if not set(names) <= set(annotated):
+            raise InputError(
+                f"{source} has subsets {sorted(annotated)}, expected {' and '.join(subsets)}\n"
+                "(config keys data.train_subset and data.val_subset), or training and validation"
+            )
+        folder = options["media"] or os.path.join(os.path.dirname(source), "frames")
+        parts = [data.select_videos(annotated, name, folder, "frames", log) for name in names]
+        clips = segment_clips(*parts)
     else:
         suffixes = (".jpg", ".jpeg", ".JPG", ".JPEG") if task == "icp" else None
         train, classes = list_clips(f"{source}/train", suffixes)
-        val, _ = list_clips(f"{source}/val", suffixes, classes)
-        clips = Clips(train, val, classes)
+        clips = Clips(train, list_clips(f"{source}/val", suffixes, classes)[0], classes)
     if task not in PLAYBACKS:
         return clips
-    playbacks = PLAYBACKS[task]
-    return Clips(play(clips.train, playbacks), play(clips.val, playbacks), list(playbacks))
-
-
-def play(clips, playbacks):
-    """Return each clip once in each playback, which is its class."""
-    return [
-        replace(clip, label=label, playback=playback)
-        for clip in clips
-        for label, playback in enumerate(playbacks)
-    ]
+    # Each clip once in each playback, which is its class.
+    ways = list(enumerate(PLAYBACKS[task]))
+    train = [replace(clip, label=k, playback=way) for clip in clips.train for k, way in ways]
+    val = [replace(clip, label=k, playback=way) for clip in clips.val for k, way in ways]
+    return Clips(train, val, list(PLAYBACKS[task]))
 
 
 def list_clips(folder, suffixes=None, classes=None):
@@ -146,9 +127,7 @@ def list_clips(folder, suffixes=None, classes=None):
 
     Raises InputError if there are none, or others than `classes`.
     """
-    found = []
-    if os.path.isdir(folder):
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    found = sorted(path.name for path in Path(folder).glob("*") if path.is_dir())
     classes = classes or found
     unknown = [name for name in found if name not in classes]
     if unknown:
@@ -157,30 +136,12 @@ def list_clips(folder, suffixes=None, classes=None):
     for name in found:
         paths = media.find_media(f"{folder}/{name}").values()
         if suffixes:
-            files = sorted(f for f in os.listdir(f"{folder}/{name}") if f.endswith(suffixes))
-            paths = [f"{folder}/{name}/{file}" for file in files]
+            files = os.scandir(f"{folder}/{name}")
+            paths = sorted(file.path for file in files if file.name.endswith(suffixes))
         clips += [Clip(path, 0.0, math.inf, classes.index(name)) for path in paths]
     if not clips:
         raise InputError(f"no {'image' if suffixes else 'video'} in {folder}/CLASS/")
     return clips, classes
-
-
-def json_clips(path, folder, subsets, log=print):
-    """Return the segments of an ActivityNet JSON as Clips; see load_clips.
-
-    folder: of its videos' frames; None: `frames` beside the JSON.
-    """
-    annotated = data.load_annotations(path)
-    present = [names for names in (subsets, SUBSETS) if set(names) <= set(annotated)]
-    if not present:
-        raise InputError(
-            f"{path} has subsets {', '.join(sorted(annotated))}, expected {' and '.join(subsets)}\n"
-            "(config keys data.train_subset and data.val_subset), or training and validation"
-        )
-    folder = folder or f"{os.path.dirname(path) or '.'}/frames"
-    return segment_clips(
-        *(data.select_videos(annotated, name, folder, "frames", log) for name in present[0])
-    )
 
 
 def segment_clips(train, val, min_background=None):
@@ -195,10 +156,9 @@ def segment_clips(train, val, min_background=None):
         clips = []
         for video in videos:
             segments, labels = video.actions
-            times = (segments * video.duration).tolist()
-            for label, (start, end) in zip(labels, times, strict=True):
+            for label, times in zip(labels, (segments * video.duration).tolist(), strict=True):
                 if label in classes:
-                    clips.append(Clip(video.path, start, end, classes.index(label), video.duration))
+                    clips.append(Clip(video.path, *times, classes.index(label), video.duration))
         if min_background and clips:  # without segments, nothing tells what is background
             for video in videos:
                 for start, end in gaps(video.actions[0], min_background):
@@ -210,13 +170,10 @@ def segment_clips(train, val, min_background=None):
 
 def gaps(segments, shortest):
     """Return [(start, end)] of at least `shortest` that segments (N, 2) leave of [0, 1]."""
-    found = []
-    covered = 0.0
-    for start, end in [*sorted(segments.tolist()), [1.0, 1.0]]:
-        if start - covered >= shortest:
-            found.append((covered, start))
-        covered = max(covered, end)
-    return found
+    starts, ends = segments[segments[:, 0].argsort()].T
+    covered = [0.0, *ends.cummax(0).values.tolist()]
+    left = zip(covered, [*starts.tolist(), 1.0], strict=True)
+    return [(start, end) for start, end in left if end - start >= shortest]
 
 
 def csv_clips(path, log=print):
@@ -226,27 +183,30 @@ def csv_clips(path, log=print):
     to the CSV), label and, where wanted, start and end (seconds; empty: the whole clip) and split
     (train or val; without it every clip trains). Missing files are logged and left out.
     """
+    parts = {"train": [], "val": []}
+    missing = []
+    where = path
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise InputError(f"cannot read CSV file {path} ({error})") from None
-    parts = {"train": [], "val": []}
-    missing = []
-    for row in rows:
-        try:
-            split, clip = _csv_clip(row, os.path.dirname(path))
-        except ValueError:
-            raise InputError(
-                f"{path}: {row} is not valid, expected path, label and optionally\n"
-                "start and end (0 <= start < end, seconds) and split (train or val)"
-            ) from None
-        if os.path.exists(clip.path):
-            parts[split].append(clip)
-        else:
-            missing.append(clip.path)
+        for row in rows:
+            where = f"{path}: {row}"
+            given = {key: value for key, value in row.items() if value}
+            part = parts[given.pop("split", "train")]
+            file = os.path.join(os.path.dirname(path), given.pop("path"))
+            times = (float(given.pop("start", 0)), float(given.pop("end", math.inf)))
+            clip = Clip(file, *times, given.pop("label"))
+            if given or not 0 <= clip.start_sec < clip.end_sec:
+                raise ValueError("columns, or start and end")
+            (part if os.path.exists(file) else missing).append(clip)
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(
+            f"cannot read {where} ({type(error).__name__}: {error}); expected CSV columns path,\n"
+            "label and optionally start, end (0 <= start < end, seconds) and split (train or val)"
+        ) from None
     if missing:
-        log(f"{path}: {len(missing)} files are missing and left out: {data.first_names(missing)}")
+        names = data.first_names([clip.path for clip in missing])
+        log(f"{path}: {len(missing)} files are missing and left out: {names}")
     classes = sorted({clip.label for clip in parts["train"]})
     unknown = sorted({clip.label for clip in parts["val"]} - set(classes))
     if unknown or not classes:
@@ -256,27 +216,12 @@ def csv_clips(path, log=print):
     return Clips(**parts, classes=classes)
 
 
-def _csv_clip(row, folder):
-    """Return the split of a row and its Clip, labelled by name; ValueError if it is not valid."""
-    row = {"start": 0, "end": math.inf, "split": "train"} | {k: v for k, v in row.items() if v}
-    start = float(row["start"])
-    end = float(row["end"])
-    is_valid = row.keys() == {"path", "label", "start", "end", "split"} and 0 <= start < end
-    if not is_valid or row["split"] not in ("train", "val"):
-        raise ValueError(row)
-    return row["split"], Clip(os.path.join(folder, row["path"]), start, end, row["label"])
-
-
-# ---------------------------------------------------------------------------------------- data set
-
-
 def clip_frames(first, end, frames, stride, where=0.5, playback="forward"):
     """Return T frame numbers, `stride` apart, of a clip from frame `first` to `end`: (T,) int64.
 
-    They are clamped to the clip. where: 0 the earliest, 1 the latest in the clip. playback:
-    "forward", "reversed", "normal" or "double" speed, which takes every second frame of normal. In
-    a clip too short for T frames at double speed both take a smaller stride, so that clamping does
-    not give the answer away; it must have 2 T frames.
+    They are clamped to the clip. where: 0 the earliest, 1 the latest in the clip. playback: see
+    PLAYBACKS; double speed takes every second frame of normal. In a clip too short for T frames so,
+    both take a smaller stride, as clamping would give the answer away; it must have 2 T frames.
     """
     if playback in PLAYBACKS["speed"]:
         stride = min(stride, int((end - first) // (2 * frames)))
@@ -293,7 +238,8 @@ class ClipDataset:
     """Clips: dataset[index, fidelity] -> {"name", "frames" (1, T, 3, H, W) uint8, "label" int}.
 
     Training takes T frames, `stride` apart, at a random time within the clip, with a random crop
-    and flip, the same for `group_size` clips that follow each other; else all are central.
+    and flip; else all are central. All playbacks of a clip, `group_size` in a row, get the same and
+    belong into one batch (SpeedNet): else the looks of the clips drown what tells them apart.
     """
 
     videos: list
@@ -303,10 +249,10 @@ class ClipDataset:
     flip: bool = True
     train: bool = False
     seed: int = 0
-    group_size: int = 1
 
     def __post_init__(self):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it
+        self.group_size = len({clip.playback for clip in self.videos})
 
     set_epoch = data.VideoDataset.set_epoch
 
@@ -317,39 +263,29 @@ class ClipDataset:
         index, fidelity = pair
         clip = self.videos[index]
         source = media.open_media(clip.path)
-        first, end = self._frame_range(clip, source)
-        where = 0.5
-        view = {}
-        if self.train:
-            group = index // self.group_size
-            rng = np.random.default_rng(data.seed_of(self.seed, "view", int(self.epoch), group))
-            where = rng.random()
-            view["corner"] = tuple(rng.random(2).tolist())
-            view["flip"] = self.flip and rng.random() < 0.5
-        numbers = clip_frames(first, end, self.frames, self.stride, where, clip.playback)
-        frames = data.read_view(source, numbers, fidelity.size, self.crop, **view)
-        return {"name": clip.path, "frames": frames[None], "label": clip.label}
-
-    def _frame_range(self, clip, source):
-        """Return where a clip begins and ends, in frames."""
-        first = 0
-        end = source.num_frames
+        first, end = 0, source.num_frames
         if (clip.start_sec, clip.end_sec) != (0, math.inf):
             fps = source.num_frames / clip.duration_sec if clip.duration_sec else source.fps
             if not fps:
                 raise InputError(f"{clip.path}: no frame rate, put a video.json beside the frames")
-            first = clip.start_sec * fps
-            end = min(clip.end_sec * fps, end)
+            first, end = clip.start_sec * fps, min(clip.end_sec * fps, end)
         needed = 2 * self.frames if clip.playback in PLAYBACKS["speed"] else 0
         if not first < end or end - first < needed:
             raise InputError(
                 f"{clip.path}: {max(end - first, 0):g} frames from {clip.start_sec:g} to "
                 f"{clip.end_sec:g} s, expected {needed or 'more'}: correct its times or remove it"
             )
-        return first, end
-
-
-# -------------------------------------------------------------------------------------- classifier
+        where = 0.5
+        view = {}
+        if self.train:
+            key = (self.seed, "view", int(self.epoch), index // self.group_size)
+            rng = np.random.default_rng(data.seed_of(*key))
+            where = rng.random()
+            view["corner"] = tuple(rng.random(2).tolist())
+            view["flip"] = self.flip and rng.random() < 0.5
+        numbers = clip_frames(first, end, self.frames, self.stride, where, clip.playback)
+        frames = data.read_view(source, numbers, fidelity.size, self.crop, **view)
+        return {"name": clip.path, "frames": frames[None], "label": clip.label}
 
 
 class ClipClassifier(nn.Module):
@@ -368,31 +304,30 @@ def classification_step(net, batch, autocast, generator=None):
     """Run forward and backward of a batch; return {"loss", "accuracy"}. Nothing is drawn."""
     with autocast():
         logits = net(batch["frames"]).float()
-    loss = cross_entropy(logits, batch["label"])
+    loss = nn.functional.cross_entropy(logits, batch["label"])
     loss.backward()
     accuracy = (logits.argmax(1) == batch["label"]).float().mean()
     return {"loss": loss.detach(), "accuracy": accuracy}
 
 
-def held_out_accuracy(model, batches, clips, autocast, sum_over_ranks):
-    """Return a record of a trained classifier: numbers of clips and its accuracy.
+def held_out_accuracy(model, batches, clips, ddp):
+    """Return a record of a trained classifier: numbers of Clips, and its accuracy on held-out ones.
 
-    batches: this process' held-out ones, on the device. clips: a Clips. sum_over_ranks(tensor).
-    "top1" and "chance", the share of the most frequent class, are None without held-out clips.
+    batches: this process' share of them, on the device. "top1" and "chance", the share of the most
+    frequent class, are None without held-out clips.
     """
     model.eval()
-    device = next(model.parameters()).device
-    correct = torch.zeros(1, dtype=torch.float64, device=device)
-    with torch.no_grad(), autocast():
+    correct = 0
+    with torch.no_grad(), ddp.autocast():
         for batch in batches:
-            correct += (model(batch["frames"]).argmax(1) == batch["label"]).sum()
+            correct += (model(batch["frames"]).argmax(1) == batch["label"]).sum().item()
+    correct = sum(ddp.gather(correct))
     total = len(clips.val)
-    correct = sum_over_ranks(correct).item()
-    counts = torch.bincount(torch.tensor([clip.label for clip in clips.val], dtype=torch.int64))
+    counts = Counter(clip.label for clip in clips.val)
     return {
         "classes": len(clips.classes),
         "training_clips": len(clips.train),
         "held_out_clips": total,
         "top1": correct / total if total else None,
-        "chance": counts.max().item() / total if total else None,
+        "chance": max(counts.values()) / total if total else None,
     }

@@ -296,7 +296,7 @@ def test_json_and_weights_come_back_or_are_named(tmp_path):
         checkpoint.load_json(f"{tmp_path}/none.json")
 
     model = linear()
-    checkpoint.save_encoder(model, f"{tmp_path}/x.pt", Config(depth=18), 7.5)
+    checkpoint.save_weights(model, f"{tmp_path}/x.pt", encoder={"depth": 18}, seconds=7.5)
     saved = checkpoint.load_state(f"{tmp_path}/x.pt")
     assert torch.equal(saved["model"]["weight"], model.weight) and saved["encoder"] == {"depth": 18}
     assert checkpoint.seconds_of(f"{tmp_path}/x.pt") == 7.5
