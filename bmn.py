@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from gtad import (
     Alignment,
-    align,
     anchor_grid,
     build_alignment,
     confidence,
     convolve_bins,
-    fill,
-    official_state,
-    pointwise,
+    map_layers,
+    score_map,
 )
 
 POINTS = 3  # interpolated points averaged into one sample
@@ -53,7 +51,7 @@ def sample(s: Tensor, e: Tensor, L: int, samples: int) -> tuple[Tensor, Tensor, 
 
 
 @functools.lru_cache(maxsize=32)
-def sampling(L: int, samples: int, device: torch.device, dtype: torch.dtype) -> Alignment:
+def sampling(L: int, samples: int, device, dtype) -> Alignment:
     """Return the Alignment of the pairs s <= e of an (L, L) map, s as row; all others are zero."""
     with torch.inference_mode(False), torch.no_grad():
         s, e = torch.triu_indices(L, L)
@@ -95,62 +93,39 @@ class BMN(nn.Module):
         self.x_1d_e = boundary()
         self.x_1d_p = nn.Sequential(conv(hidden, 1), nn.ReLU())
         self.x_3d_p = nn.Sequential(nn.Conv3d(hidden, wide, (samples, 1, 1)), nn.ReLU())
-        self.x_2d_p = nn.Sequential(
-            nn.Conv2d(wide, narrow, 1),
-            nn.ReLU(),
-            nn.Conv2d(narrow, narrow, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(narrow, narrow, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(narrow, 2, 1),
-            nn.Sigmoid(),
-        )
+        self.x_2d_p = map_layers(wide, narrow, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, C, L), any L, to start (B, L), end (B, L) and map (B, 2, L, L).
+        """Map (B, C, L) to start, end (B, L) and map (B, 2, L, L), in [0, 1], at least float32.
 
-        They lie in [0, 1] and are at least float32. Map cells with s + d >= L, which the release
-        has no pair for, are 0.
+        Map cells with s + d >= L, which the release has no pair for, are 0.
         """
         C = self.x_1d_b[0].in_channels
         if x.dim() != 3 or x.shape[1] != C:
-            raise ValueError(f"BMN got features {tuple(x.shape)}, expected (B, {C}, L)")
+            raise ValueError(f"BMN got {tuple(x.shape)}, expected (B, {C}, L)")
         L = x.shape[2]
         base = self.x_1d_b(x)  # (B, hidden, L)
         start = confidence(self.x_1d_s[2], self.x_1d_s[:2](base).transpose(1, 2)).squeeze(2)
         end = confidence(self.x_1d_e[2], self.x_1d_e[:2](base).transpose(1, 2)).squeeze(2)
 
         conv = self.x_3d_p[0]
-        snippets = self.x_1d_p(base).transpose(1, 2)
-        y = convolve_bins(conv.weight.flatten(1), [snippets], [self.samples])
+        y = convolve_bins(conv, [self.x_1d_p(base).transpose(1, 2)], [self.samples])
         pairs = sampling(L, self.samples, y.device, y.dtype)
-        z = align(y, conv.bias, pairs)  # (B, A + 1, wide)
-        z = fill(pointwise(self.x_2d_p[0], z).relu_(), pairs, L * L)
-        z = z.unflatten(1, (L, L)).permute(0, 3, 1, 2)  # start is row, end column
-        z = self.x_2d_p[2:6](z)
-        z = confidence(self.x_2d_p[6], z.permute(0, 2, 3, 1))  # (B, L, L, 2)
-
+        z = score_map(self.x_2d_p, y, conv.bias, pairs, (L, L))  # start is row, end column
         s, d, valid = anchor_grid(L, L, x.device)
-        z = z[:, s, (s + d).clamp_max(L - 1)] * valid.unsqueeze(2)  # (B, D, L, 2)
-        return start, end, z.permute(0, 3, 1, 2).contiguous()
+        return start, end, z[:, :, s, (s + d).clamp_max(L - 1)] * valid
 
 
 def load_official(state_dict: dict, *, groups: int = 4) -> BMN:
     """Make a BMN with the weights of an official checkpoint's state dict, sizes read off them.
 
-    A stored sample_mask is ignored. ValueError lists keys that do not fit.
+    A stored sample_mask is ignored. A KeyError or RuntimeError names keys that do not fit.
     """
-    small = BMN(in_channels=4, hidden=4, map_hidden=(1, 1), samples=1)
-    state = {k: v for k, v in state_dict.items() if k.removeprefix("module.") != "sample_mask"}
-    state = official_state(state, small.state_dict())
-    stem = state["x_1d_b.0.weight"]
-    conv = state["x_3d_p.0.weight"]
-    head = BMN(
-        in_channels=stem.shape[1] * groups,
-        hidden=len(stem),
-        map_hidden=(len(conv), len(state["x_2d_p.0.weight"])),
-        samples=conv.shape[2],
-        groups=groups,
-    )
+    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state.pop("sample_mask", None)
+    hidden, stem_width, _ = state["x_1d_b.0.weight"].shape
+    narrow, wide, _, _ = state["x_2d_p.0.weight"].shape
+    sizes = {"map_hidden": (wide, narrow), "samples": state["x_3d_p.0.weight"].shape[2]}
+    head = BMN(in_channels=stem_width * groups, hidden=hidden, groups=groups, **sizes)
     head.load_state_dict(state)
     return head

@@ -44,9 +44,6 @@ class RunFolder:
         return f"{self.path}/{stage}/encoder.pt"
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 def write_atomic(path, write):
     """Call write(file) on a temporary file, then rename it to `path`; InputError if that fails."""
     part = f"{path}.part-{os.getpid()}"
@@ -119,7 +116,7 @@ def is_alive(pid):
     return True
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------- training
 
 
 def load_checkpoint(path, log=print):
@@ -256,8 +253,6 @@ class Progress:
         record = {"epoch": self.epoch + 1, "fidelity": fidelity, **measures}
         return record, f"fidelity {fidelity}, {line}"
 
-
-# --------------------------------------------------------------------------------------- optimizer
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 

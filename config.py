@@ -1,14 +1,14 @@
 """Read a run's config: configs/default.yaml, then a file, then key=value overrides; check it.
 
-A config is a nested dictionary whose keys are attributes too: cfg.lofi.lr. What it names on disk
-is looked at before the first stage starts (`check_inputs`), and its run folder keeps a copy
-(`open_run`), with the versions of everything that made the numbers.
+What a config names on disk is looked at before the first stage starts (`check`), and its run folder
+keeps a copy (`open_run`), with the versions of everything that made the numbers.
 """
 
 import argparse
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -72,13 +72,12 @@ def one_line_errors(program):
 
 
 class Config(dict):
-    """A dictionary whose keys are attributes too."""
+    """A dictionary whose keys are attributes too: cfg.lofi.lr."""
 
     def __getattr__(self, key):
-        try:
-            return self[key]
-        except KeyError:
-            raise AttributeError(f"config has no key {key}") from None
+        if key not in self:
+            raise AttributeError(f"config has no key {key}")
+        return self[key]
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -111,8 +110,8 @@ def _read_yaml(path):
         with open(path, encoding="utf-8-sig") as file:
             content = _parse_yaml(file, path) or {}
     except OSError as error:
-        reason = error.strerror
-        raise InputError(f"no config file {path} ({reason}): name one of configs/") from None
+        why = error.strerror
+        raise InputError(f"no config file {path} ({why}): name one of configs/") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is a {type(content).__name__}, expected keys and values")
     return content
@@ -132,11 +131,8 @@ def _kind(value):
 
 
 def merge(base, changes, where="", kinds=None):
-    """Return a new Config: `base` with `changes` in it.
-
-    Raises InputError for a key that base lacks, with the nearest one that it has, and for a value
-    of another kind than in `kinds` (default: base), whose null may be anything but a block.
-    """
+    """Return a new Config: `base` with `changes` in it; InputError for a key that base lacks, or a
+    value of another kind than in `kinds` (default: base), whose null may be all but a block."""
     kinds = base if kinds is None else kinds
     merged = Config()
     for key, value in base.items():
@@ -150,9 +146,11 @@ def merge(base, changes, where="", kinds=None):
         if not fits and (default is not None or isinstance(value, dict)):
             given = str(value)[:80]
             raise InputError(f"config key {where}{key} is {given!r}, expected {expected}")
-        merged[key] = value
         if isinstance(value, dict):
-            merged[key] = merge(base[key], value, f"{where}{key}.", default)
+            value = merge(base[key], value, f"{where}{key}.", default)
+        elif isinstance(default, int) and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1e1 epochs
+        merged[key] = value
     return merged
 
 
@@ -232,28 +230,26 @@ CHOICES = {
     "schedule": ("constant", "step", "cosine"),
 }
 # Other numbers are above 0 unless their default is 0, and whole if their default is.
-MAY_BE_ZERO = ("momentum", "weight_decay", "class_weight", "shift_div", "workers", "context_bins")
+MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers"}
+MAY_BE_ZERO |= {"context_bins", "checkpoint_sec"}
 NULL_OR_COUNT = ("chunk_snippets", "cycle_length", "durations")
 
 
 def check(cfg):
-    """Return the stages that are still to run, after checking values and files.
-
-    Raises InputError, with the key to change, for what no run can work with.
-    """
+    """Return the stages that are still to run; InputError, with the key to change, for a value or a
+    file that they cannot work with."""
     listed = [stage for stage in STAGES if stage in cfg.stages]
     pending = [stage for stage in listed if not os.path.exists(f"{cfg.out}/{STAGES[stage]}")]
     values = flatten(cfg)
-    for rules in (_rules_of_one_key(values), _rules(cfg, pending)):
-        for key, holds, expected in rules:
-            if not holds:
-                raise InputError(f"config key {key} is {values[key]!r}, expected {expected}")
+    for key, holds, expected in itertools.chain(_rules_of_one(values), _rules(cfg, pending)):
+        if not holds:
+            raise InputError(f"config key {key} is {values[key]!r}, expected {expected}")
     run_fidelities(cfg)
-    _check_files(cfg, pending)
+    _check_files(cfg, values, set(pending))
     return pending
 
 
-def _rules_of_one_key(values):
+def _rules_of_one(values):
     """Yield (key, whether its value can be used, what is expected) of choices and numbers."""
     defaults = flatten(_read_yaml(DEFAULT))
     for key, value in values.items():
@@ -269,40 +265,39 @@ def _rules_of_one_key(values):
 
 
 def _rules(cfg, pending):
-    """Yield the same of keys that have rules of their own."""
+    """Yield the same of keys with rules of their own, which count on those before."""
     lofi, sola, elsewhere = cfg.lofi, cfg.sola, cfg.data.features
     stages = [s for s in STAGES if not elsewhere or s not in ("lofi", "features")]
     words = f"some of {', '.join(STAGES)}; not lofi or features if data.features is set"
-    yield "stages", cfg.stages and all(stage in stages for stage in cfg.stages), words
+    yield "stages", cfg.stages and all(s in stages for s in cfg.stages), words
     yield "out", cfg.out, "a folder"
     yield "data.annotations", cfg.data.annotations, "a file"
     words = "true with video.rate, false without, for features of the run's own"
     yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
     yield "device", not no_gpu, "auto or cpu, as torch finds no GPU here"
-    for block in ("gtad", "sola"):
-        yield f"{block}.kernel", cfg[block].kernel % 2, "an odd number"
+    yield "gtad.kernel", cfg.gtad.kernel % 2, "an odd number"
     names = ["full", *cfg.fidelities]
     words = f"a list of {', '.join(names)}"
     yield "lofi.fidelities", lofi.fidelities and all(f in names for f in lofi.fidelities), words
     in_parts = lofi.chunk_snippets or lofi.accumulate > 1 or cfg.encoder.recompute
     words = "frozen with lofi.chunk_snippets, lofi.accumulate or encoder.recompute"
     yield "lofi.batchnorm", lofi.batchnorm == "frozen" or not in_parts, words
+    yield "sola.kernel", sola.kernel % 2, "an odd number"
     inside = [isinstance(p, int) and 0 <= p < sola.subsequence for p in sola.positions]
     words = f"at least two snippets, 0 to {sola.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
     possible = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    for stage in [s for s in pending if s in ("lofi", "sola", "head")]:
+    for stage in {"lofi", "sola", "head"}.intersection(pending):
         parts = world_size * cfg[stage].get("accumulate", 1)
         words = f"a multiple of {parts}: {world_size} processes and their micro-batches"
         yield f"{stage}.batch_size", cfg[stage].batch_size % parts == 0, words
 
 
-def _check_files(cfg, pending):
-    """Raise InputError if what the pending stages read is missing or cannot be used."""
-    subsets, todo = read_annotations(cfg.data.annotations), set(pending)
+def _check_files(cfg, values, todo):
+    subsets = read_annotations(cfg.data.annotations)
     train = cfg.data.train_subset if {"lofi", "head"} & todo else None
     val = cfg.data.val_subset if "detect" in todo else None
     from_truth = cfg.detect.class_scores == "ground_truth"
@@ -311,15 +306,13 @@ def _check_files(cfg, pending):
     if target_clips or {"lofi", "features"} & todo:
         for split in ("train", "val"):
             load_videos(cfg, split, cfg.data.frames, "frames", log=lambda message: None)
-    readers = {"pretrain.init": "pretrain", "detect.class_scores": "detect"}
     # A finished encoder is read by the first stage that has to do with one.
-    with_encoder = [stage for stage in ("pretrain", "lofi", "features") if stage in cfg.stages]
-    readers |= {"pretrain.pretrained": stage for stage in with_encoder[:1]}
-    for key, stage in readers.items():
-        path = flatten(cfg)[key]
-        word = path in (None, "random", "torchvision", "own", "ground_truth")
-        if stage in todo and not word and not os.path.isfile(path):
-            raise InputError(f"no file {path} (config key {key})")
+    first = next((s for s in ("pretrain", "lofi", "features") if s in cfg.stages), None)
+    readers = {"pretrain.init": "pretrain", "pretrain.pretrained": first}
+    for key, stage in {**readers, "detect.class_scores": "detect"}.items():
+        word = values[key] in (None, "random", "torchvision", "own", "ground_truth")
+        if stage in todo and not word and not os.path.isfile(values[key]):
+            raise InputError(f"no file {values[key]} (config key {key})")
 
 
 # ------------------------------------------------------------------------------- inputs of the run
@@ -370,16 +363,13 @@ def feature_dataset(cfg, run, split, log=print, classes=None, raw=False):
 
 def subsequences(cfg, features, ddp):
     """Return SoLa's training data, and its options with a batch size that repeats none of them."""
-    options = dict(cfg.sola)
-    per_video, length = options["subsequences_per_video"], options["subsequence"]
-    dataset = data.SubsequenceDataset(features, length, per_video=per_video, seed=cfg.seed)
-    short = dataset.left_out
-    if short:
+    length, draws = cfg.sola.subsequence, cfg.sola.subsequences_per_video
+    dataset = data.SubsequenceDataset(features, length, per_video=draws, seed=cfg.seed)
+    if short := dataset.left_out:
         names = data.first_names(short)
         ddp.log(f"sola: {len(short)} videos are shorter than {length} snippets, left out: {names}")
     largest = math.ceil(len(dataset) / ddp.world_size) * ddp.world_size
-    options["batch_size"] = min(options["batch_size"], largest)
-    return dataset, options
+    return dataset, cfg.sola | {"batch_size": min(cfg.sola.batch_size, largest)}
 
 
 def clip_sources(cfg, task, log=print):
@@ -434,26 +424,22 @@ def snapshot(cfg):
 
 
 def open_run(cfg, ddp):
-    """Open the folder cfg.out, or begin it: config.json, and versions.json with the machine.
-
-    Raises InputError with the differences if the folder was created with another config.
-    """
+    """Return the RunFolder cfg.out with config.json and versions.json, or raise InputError with the
+    differences if it was created with another config."""
     run = RunFolder(cfg.out)
     ours = (os.path.basename(run.config), os.path.basename(run.versions))
     if os.path.exists(run.config) and any(not f.startswith(ours) for f in os.listdir(cfg.out)):
         old = saved_config(cfg.out)
-        lines = differences(old, cfg)
-        if lines:
-            remedy = "name another folder with --set out=..., or remove that one yourself"
+        if lines := differences(old, cfg):
             title = f"{cfg.out} was created with a different config:"
+            remedy = "name another folder with --set out=..., or remove that one yourself"
             raise InputError("\n".join([title, *lines, remedy]))
         # What was once made stays in the record.
         cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
     if ddp.is_main:
         remove_stale_parts(cfg.out)
-        libraries = {"torch": torch, "torchvision": torchvision, "numpy": np}
         versions = {"git": git_commit(), "python": sys.version.split()[0]}
-        versions |= {name: library.__version__ for name, library in libraries.items()}
+        versions |= {library.__name__: library.__version__ for library in (torch, torchvision, np)}
         versions |= {"device": str(ddp.device), "machine": machine_name(ddp.device)}
         versions |= {"threads": torch.get_num_threads(), "processes": ddp.world_size}
         save_json(versions, run.versions)
@@ -489,7 +475,7 @@ def seconds_of_features(source):
 
 
 def score_run(cfg, run, videos, trained_on, seconds):
-    """Evaluate what stage detect wrote, write metrics.json, and return a line that sums it up."""
+    """Evaluate what stage detect wrote, write metrics.json, and return it as text."""
     truth, subset = cfg.data.annotations, cfg.data.val_subset
     names = [video.name for video in videos]
     record = {"seed": cfg.seed, "videos": data.list_hash(names), "training": trained_on}
@@ -501,9 +487,4 @@ def score_run(cfg, run, videos, trained_on, seconds):
     metrics = evaluate.evaluate(truth, run.result, **options)
     metrics["AR"] = evaluate.evaluate(truth, run.proposals, subset=subset, ar=True)["AR"]
     save_json({**metrics, **record}, run.metrics)
-    mean_ap, found, total = (metrics[k] for k in ("mAP", "evaluated_videos", "ground_truth_videos"))
-    shown = [t for t in ("0.5", "0.75", "0.95") if t in mean_ap] if "0.75" in mean_ap else mean_ap
-    values = ", ".join(f"@{t} {100 * mean_ap[t]:.2f}" for t in shown)
-    line = f"{run.path}: mAP {values}, average {100 * metrics['average_mAP']:.2f} %"
-    alone = f" (on these alone average {100 * metrics['common']['average_mAP']:.2f} %)"
-    return f"{line}; evaluated {found} of {total} videos{alone if found < total else ''}"
+    return f"{run.result}: {evaluate.report(metrics)}"

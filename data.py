@@ -37,10 +37,9 @@ from sola import sample_subsequences
 
 
 def seed_of(*key):
-    """Return a 63-bit seed that is a pure function of `key`: (seed, epoch, step, ...).
+    """Return a 63-bit seed, a pure function of `key` (seed, epoch, step, ...).
 
-    All randomness of a run comes from such seeds: a resumed run needs no random state.
-    """
+    All randomness comes from such seeds: a resumed run needs no random state."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -62,10 +61,12 @@ class Video:
         """Return the usable segments (n, 2), as fractions clipped to [0, 1], and their n labels."""
         if math.isnan(self.duration):
             raise InputError(f"video {self.name} has no known duration: set data.durations")
-        with np.errstate(invalid="ignore"):
-            clipped = (self.segments / self.duration).clip(0, 1).astype(np.float32)
-            usable = (clipped[:, 1] > clipped[:, 0]) & np.isfinite(self.segments).all(1)
+        clipped = (self.segments / self.duration).clip(0, 1).astype(np.float32)
+        usable = (clipped[:, 1] > clipped[:, 0]) & np.isfinite(self.segments).all(1)
         return torch.from_numpy(clipped[usable]), tuple(compress(self.labels, usable))
+
+
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def _refuse_duplicates(pairs):
@@ -78,11 +79,10 @@ def _refuse_duplicates(pairs):
 
 
 def _read_json(path, expected, parse):
-    """Return parse(content) of a JSON file. Raises InputError if that fails."""
     try:
         with open(path, "rb") as file:
             return parse(json.load(file, object_pairs_hook=_refuse_duplicates))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
 
@@ -100,30 +100,24 @@ def _parse_database(content):
     subsets = {}
     for name, entry in content["database"].items():
         try:
-            subsets.setdefault(entry["subset"], []).append(_parse_video(name, entry))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            duration = math.nan if entry.get("duration") is None else float(entry["duration"])
+            labels = [annotation["label"] for annotation in entry["annotations"]]
+            if duration <= 0 or math.isinf(duration) or None in labels:
+                raise ValueError(f"duration {duration}, labels {labels}")
+            pairs = [annotation["segment"] for annotation in entry["annotations"]]
+            segments = np.array([(float(start), float(end)) for start, end in pairs], np.float64)
+            video = Video(name, duration, segments.reshape(-1, 2), tuple(map(str, labels)))
+            subsets.setdefault(entry["subset"], []).append(video)
+        except MALFORMED as error:
             raise ValueError(f"video {name!r}, {type(error).__name__}: {error}") from None
     return subsets
 
 
-def _parse_video(name, entry):
-    duration = math.nan if entry.get("duration") is None else float(entry["duration"])
-    segments = [annotation["segment"] for annotation in entry["annotations"]]
-    labels = [annotation["label"] for annotation in entry["annotations"]]
-    if duration <= 0 or math.isinf(duration) or None in labels:
-        raise ValueError(f"duration {duration}, labels {labels}")
-    segments = np.array([(float(start), float(end)) for start, end in segments], np.float64)
-    return Video(name, duration, segments.reshape(-1, 2), tuple(map(str, labels)))
-
-
 def class_names(videos: list[Video]) -> list[str]:
     """Return the labels of the usable segments, sorted."""
-    labels = set()
-    for video in videos:
-        # Without a known duration any end is taken to lie in the video.
-        duration = 1e9 if math.isnan(video.duration) else video.duration
-        labels.update(replace(video, duration=duration).actions[1])
-    return sorted(labels)
+    # Without a known duration any end is taken to lie in the video.
+    known = [replace(v, duration=1e9) if math.isnan(v.duration) else v for v in videos]
+    return sorted(set().union(*(video.actions[1] for video in known)))
 
 
 def targets_of(segments, labels, classes):
@@ -133,10 +127,8 @@ def targets_of(segments, labels, classes):
 
 
 def check_segments(subsets, train=None, val=None, needs_classes=False):
-    """Raise InputError if no run can use the segments of subset `train` or `val`.
-
-    train: needs one to train on. val: NaN stops the evaluation; needs_classes: it must have some.
-    """
+    """Raise InputError if no run can use the segments of subset `train`, which needs a usable one,
+    or `val`, where NaN stops the evaluation; needs_classes: it must have some."""
     if train in subsets and not class_names(subsets[train]):
         expected = "one that ends after it starts, within its video"
         raise InputError(f"subset {train} has no usable segment: expected {expected}")
@@ -188,12 +180,10 @@ def select_videos(
 ) -> list[Video]:
     """Return the videos of a subset that have frames or features and a duration, with their path.
 
-    The others are counted, named through `log` and left out. kind: "frames" in the folder `source`,
-    or "features" in the folder or HDF5 file `source`, or in each of a list of them. durations: a
-    JSON {video: seconds} for videos whose annotation has none. Without it, theirs come from their
-    frames, here or in the folder `frames`, or from the features.json beside their features.
-    settings: what frames should have been prepared for; the first ZIP is compared with it.
-    Raises InputError if the subset does not exist or nothing of it is left.
+    The others are named through `log` and left out; InputError if none is left. kind: "frames" in
+    the folder `source`, or "features" in the folder or HDF5 file `source`, or in each of a list of
+    them. durations, frames: a JSON {video: seconds} and a folder for videos whose annotation has no
+    duration. settings: what frames should be prepared for; the first ZIP is compared with it.
     """
     if subset not in subsets:
         raise InputError(f"no subset {subset!r} in the annotations, only {sorted(subsets)}")
@@ -224,7 +214,6 @@ def select_videos(
 
 
 def _leave_out(subset, videos, keep, lack, log):
-    """Return the videos to keep; log the others. Raises InputError if none is left."""
     missing = [video.name for video, kept in zip(videos, keep, strict=True) if not kept]
     message = f"{subset}: {len(missing)} of {len(videos)} videos have {lack}"
     if not any(keep):
@@ -236,21 +225,19 @@ def _leave_out(subset, videos, keep, lack, log):
 
 def _compare_preparation(subset, videos, settings, log):
     """Log if the first ZIP lacks frames because it was prepared for other settings."""
-    zips = [media.FrameZip(v.path) for v in videos if v.path.endswith(".zip")][:1]
-    for first in zips:
+    for path in [video.path for video in videos if video.path.endswith(".zip")][:1]:
+        first = media.FrameZip(path)
         prepared = first.prepared or settings
         differs = {key: prepared.get(key) for key in settings} != settings
         if differs and len(first.kept) < first.num_frames:
-            why = f"{first.path} was prepared for {prepared}, the config has {settings}"
+            why = f"{path} was prepared for {prepared}, the config has {settings}"
             log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
 
 
 def fill_durations(videos, *, durations=None, features=(), paths=None):
-    """Return the videos with durations where the annotations have none, NaN where nothing tells.
-
-    They come from the JSON file `durations` {video: seconds}, else from the features.json beside
-    the first of `features`, else from media, paths {name: path}.
-    """
+    """Return the videos with durations where the annotations have none, NaN where nothing tells:
+    from the JSON file `durations` {video: seconds}, else from the features.json beside the first of
+    `features`, else from media, paths {name: path}."""
     known = {}
     for info in read_feature_info(as_list(features)[:1]):
         known |= {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
@@ -297,10 +284,7 @@ NATIVE = Fidelity("native", None, None)
 
 
 def fidelities(full: Fidelity, sizes: dict[str, list[int]]) -> dict[str, Fidelity]:
-    """Return {name: Fidelity} for {name: [snippets, pixels]}, with `full` (LoFi, section 3.2).
-
-    The paper's S, T and ST, 100 x 112, 25 x 224 and 50 x 158 of 100 x 224, need the same memory.
-    """
+    """Return {name: Fidelity} for {name: [snippets, pixels]}, with `full` (LoFi, section 3.2)."""
     known = {"full": full}
     for name, size in sizes.items():
         whole = len(size) == 2 and all(isinstance(x, int) and x >= 1 for x in size)
@@ -317,11 +301,9 @@ class CyclicFidelitySampler:
 
     fidelities: the cycle, in order; one alone is S-, T- or ST-LoFi. cycle: it moves on every
     `cycle_length` epochs ("epoch", the paper's long cycle, c_l) or batches ("batch", the short one,
-    c_s); None: 1 epoch or 16 batches, as in the paper. batch_size: over all processes. group_size:
-    so many consecutive samples stay together in the shuffled order.
-
-    Every rank has the same fidelity at the same step, and the same number of steps. Each video
-    comes once an epoch, up to padding of the last batch with the epoch's first ones.
+    c_s); None: 1 epoch or 16 batches, as in the paper. batch_size: over all ranks, which have the
+    same fidelity at the same step. group_size: so many consecutive samples stay together. Each
+    video comes once an epoch, up to padding of the last batch with the epoch's first ones.
     """
 
     num_videos: int
@@ -338,7 +320,8 @@ class CyclicFidelitySampler:
     def __post_init__(self):
         for total, part in (self.num_videos, self.group_size), (self.batch_size, self.world_size):
             if total < 1 or total % part:
-                raise ValueError(f"{self}: {total} does not divide by {part}")
+                sizes = f"{self.num_videos} samples, batch size {self.batch_size}"
+                raise InputError(f"{sizes}: {total} does not divide by {part}")
         if self.cycle_length is None:
             self.cycle_length = {"epoch": 1, "batch": 16}[self.cycle]
         self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
@@ -350,7 +333,6 @@ class CyclicFidelitySampler:
         self.first_step = first_step
 
     def fidelity(self, epoch: int, step: int) -> Fidelity:
-        """Return the fidelity of a batch."""
         position = epoch if self.cycle == "epoch" else epoch * self.steps_per_epoch + step
         return self.fidelities[position // self.cycle_length % len(self.fidelities)]
 
@@ -371,10 +353,8 @@ class CyclicFidelitySampler:
 
 
 def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
-    """Return which of the `full` snippets stand for fewer, evenly spread ones: (L,) int64.
-
-    With an even ratio the middle falls between two: shift 0 takes the later, 0.5 the earlier.
-    """
+    """Return which of the `full` snippets stand for fewer, evenly spread ones: (L,) int64. With an
+    even ratio the middle falls between two: shift 0 takes the later, 0.5 the earlier."""
     centre = (torch.arange(snippets, dtype=torch.float64) + 0.5) * full / snippets
     return (centre - shift).floor().clamp(0, full - 1).long()
 
@@ -383,14 +363,10 @@ def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
 
 
 def crop_resize(frames, size, ratio, corner=(0.5, 0.5), flip=False):
-    """Crop a square of `ratio` times the short side and resize it: (F, 3, size, size) uint8.
-
-    frames: (F, 3, H, W) uint8. corner: where the crop lies, (y, x) in [0, 1]; (0.5, 0.5): central.
-    """
-    height, width = frames.shape[2:]
-    side = round(min(height, width) * ratio)
-    y = round(corner[0] * (height - side))
-    x = round(corner[1] * (width - side))
+    """Crop a square of `ratio` times the short side of frames (F, 3, H, W) uint8 and resize it:
+    (F, 3, size, size) uint8. corner: where it lies, (y, x) in [0, 1]; (0.5, 0.5): central."""
+    side = round(min(frames.shape[2:]) * ratio)
+    y, x = (round(c * (n - side)) for c, n in zip(corner, frames.shape[2:], strict=True))
     frames = frames[:, :, y : y + side, x : x + side]
     if side != size:
         frames = interpolate(frames, (size, size), mode="bilinear", antialias=True)
@@ -412,11 +388,10 @@ class VideoDataset:
     """Untrimmed videos as frames: dataset[index, fidelity] -> {"name", "frames" (L, T, 3, H, W),
     "segments" (N, 2), "target" (n,) class distribution, "last"}.
 
-    snippets: L at full fidelity. rate: snippets a second instead; a video then has as many as its
-    duration asks for. Training takes windows of `snippets` of them that have a segment; else a
-    video comes in pieces of at most `snippets`, of which the last is marked: "last". Training takes
-    one random crop, flip and snippet phase a video, a pure function of (seed, epoch, index); else
-    all are central. crop: side of the crop as a fraction of the short side.
+    snippets: L at full fidelity. rate: snippets a second instead. Training then takes windows of
+    `snippets` of them that have a segment; else a video comes in pieces of at most `snippets`, of
+    which the last is marked: "last". Training takes one random crop (`crop` of the short side),
+    flip and snippet phase a video, a pure function of (seed, epoch, index); else all are central.
     """
 
     videos: list[Video]
@@ -448,7 +423,6 @@ class VideoDataset:
         self.owners = [i for i, _ in self.items]
 
     def subset(self, indices) -> "VideoDataset":
-        """Return the same data set of some of its videos."""
         return replace(self, videos=[self.videos[i] for i in indices])
 
     def set_epoch(self, epoch: int) -> None:
@@ -477,11 +451,10 @@ class VideoDataset:
             numbers = numbers[torch.arange(self.snippets).clamp(max=len(numbers) - 1)]
         if self.train or not self.rate:
             numbers = numbers[snippet_rows(self.snippets, fidelity.snippets, shift)]
-        flat = numbers.flatten().numpy()
-        frames = read_view(source, flat, fidelity.size, self.crop, corner, flip)
-        sample = {"name": video.name, "frames": frames.unflatten(0, numbers.shape)}
-        sample |= targets_of(segments, labels, self.classes)
-        return {**sample, "last": first + self.snippets >= count}
+        view = {"size": fidelity.size, "ratio": self.crop, "corner": corner, "flip": flip}
+        frames = read_view(source, numbers.flatten().numpy(), **view).unflatten(0, numbers.shape)
+        sample = {"name": video.name, "frames": frames, "last": first + self.snippets >= count}
+        return sample | targets_of(segments, labels, self.classes)
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -499,10 +472,8 @@ def _open_hdf5(path):
 
 
 def find_features(source, names):
-    """Return where the features of videos lie, {name: path}, for those that have any.
-
-    Paths are SOURCE/VIDEO.npy, .h5 or .hdf5, or FILE\\0VIDEO in one HDF5 file.
-    """
+    """Return {name: path} of the videos that have features: SOURCE/VIDEO.npy, .h5 or .hdf5, or
+    FILE\\0VIDEO in one HDF5 file."""
     found = {}
     if os.path.isdir(source):
         # In this order an .npy file is the one that stays.
@@ -516,14 +487,14 @@ def find_features(source, names):
 
 
 def shown_path(path):
-    """Return the path of features as a message shows it."""
+    """Return a path that find_features gave as a message shows it."""
     return path.replace("\0", ":")
 
 
 def read_features(path, values=True):
-    """Return the features of one video as find_features names them: (L, C), .npy memory-mapped.
+    """Return the features at a path of find_features: (L, C), .npy memory-mapped.
 
-    values: False if only the shape is wanted: those of an HDF5 file are then not read, but zeros.
+    values: False: only the shape is wanted; those of an HDF5 file are then zeros.
     """
     file_path, _, key = path.partition("\0")
     try:
@@ -537,9 +508,8 @@ def read_features(path, values=True):
                     if len(node) != 1:
                         raise ValueError(f"{len(node)} entries instead of one array")
                     node = node[next(iter(node))]
-                features = np.broadcast_to(np.zeros((), node.dtype), node.shape)
-                if values:
-                    features = node[()]
+                zeros = np.broadcast_to(np.zeros((), node.dtype), node.shape)
+                features = node[()] if values else zeros
     except (OSError, ValueError, EOFError, KeyError) as error:
         reason = f"({error}): expected an .npy or HDF5 array (L, C)"
         raise InputError(f"{shown_path(path)} cannot be read {reason}") from None
@@ -576,15 +546,13 @@ class FeatureDataset:
         names = [video.name for video in videos]
         for one in as_list(source):
             found = find_features(one, names)
-            missing = [name for name in names if name not in found]
-            if missing:
+            if missing := [name for name in names if name not in found]:
                 raise InputError(f"{one} has no features of {first_names(missing)}")
             self.paths.append([found[name] for name in names])
         self.widths = [read_features(paths[0], values=False).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
 
     def _read(self, index, k):
-        """Return a video's (L, C) array of source k, and its path."""
         path = self.paths[k][index]
         x = read_features(path)
         if x.shape[1] != self.widths[k]:
@@ -593,7 +561,6 @@ class FeatureDataset:
         return x, path
 
     def subset(self, indices) -> "FeatureDataset":
-        """Return the same data set of some of its videos."""
         other = copy.copy(self)
         other.videos = [self.videos[i] for i in indices]
         other.paths = [[paths[i] for i in indices] for paths in self.paths]
@@ -610,10 +577,8 @@ class FeatureDataset:
         return len(read_features(self.paths[0][index], values=False))
 
     def features(self, index: int, snippets: int | None = None, rows=slice(None)) -> torch.Tensor:
-        """Return a video's features, (C, L) float32, resized to `snippets`; of these, `rows`.
-
-        snippets: None keeps the length of the first source, to which the others are resized.
-        """
+        """Return a video's features, (C, L) float32, resized to `snippets` (None: to the length of
+        the first source); of these, `rows`."""
         parts = []
         for k in range(len(self.paths)):
             x, path = self._read(index, k)
@@ -628,17 +593,13 @@ class FeatureDataset:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __getitem__(self, pair):
-        index, fidelity = pair
-        video = self.videos[index]
-        features = self.features(index, fidelity.snippets)
-        targets = targets_of(*video.actions, self.classes)
-        return {"name": video.name, "features": features, **targets}
+        video = self.videos[pair[0]]
+        features = self.features(pair[0], pair[1].snippets)
+        return {"name": video.name, "features": features} | targets_of(*video.actions, self.classes)
 
     def statistics(self, max_videos: int = 2000) -> tuple[torch.Tensor, ...]:
-        """Return mean and deviation of snippets, and the deviation of videos' means: three (C,).
-
-        Over at most `max_videos` evenly picked videos; deviations are kept above 0.
-        """
+        """Return mean and deviation of snippets, and the deviation of videos' means: three (C,),
+        over at most `max_videos` evenly picked videos; deviations are kept above 0."""
         picked = np.linspace(0, len(self) - 1, min(len(self), max_videos)).round().astype(int)
         columns = []
         for k, width in enumerate(self.widths):
@@ -655,7 +616,7 @@ class FeatureDataset:
             columns.append((mean, np.sqrt(variance), np.std(video_means, 0)))
         mean, std, video_std = np.concatenate(columns, 1)
         smallest = 1e-3 * std.max() + 1e-6
-        statistics = (mean, np.maximum(std, smallest), np.maximum(video_std, smallest))
+        statistics = (mean, std.clip(smallest), video_std.clip(smallest))
         return tuple(torch.from_numpy(x).float() for x in statistics)
 
 
@@ -663,15 +624,13 @@ class SubsequenceDataset:
     """Random subsequences of features, to train SoLa: dataset[index, fidelity] -> {"name",
     "features" (C, length)}.
 
-    Each video gives `per_video` of them an epoch, a pure function of (seed, epoch, index). Videos
-    that are shorter are left out: .left_out has their names. Features of at most `cache_gb` in all
-    are kept in memory.
+    Each video gives `per_video` of them an epoch, a pure function of (seed, epoch, index); those
+    that are shorter are named in .left_out. Features of at most `cache_gb` are kept in memory.
     """
 
     def __init__(self, features: FeatureDataset, length, *, per_video=1, seed=0, cache_gb=1.0):
         self.dataset = features
         self.videos = features.videos
-        self.channels = features.channels
         self.length = length
         self.per_video = per_video
         self.seed = seed
@@ -682,7 +641,7 @@ class SubsequenceDataset:
         if not self.kept:
             longest = f"{length} snippets, the longest has {max(self.counts)}"
             raise InputError(f"all videos are shorter than sola.subsequence of {longest}")
-        cached = 4e-9 * sum(self.counts) * self.channels <= cache_gb
+        cached = 4e-9 * sum(self.counts) * features.channels <= cache_gb
         self.cache = {i: features.features(i) for i in self.kept} if cached else {}
 
     def set_epoch(self, epoch: int) -> None:
@@ -692,9 +651,8 @@ class SubsequenceDataset:
         return len(self.kept) * self.per_video
 
     def __getitem__(self, pair):
-        index, _ = pair
-        i = self.kept[index % len(self.kept)]
-        key = seed_of(self.seed, "subsequence", int(self.epoch), index)
+        i = self.kept[pair[0] % len(self.kept)]
+        key = seed_of(self.seed, "subsequence", int(self.epoch), pair[0])
         generator = torch.Generator().manual_seed(key)
         start = sample_subsequences([self.counts[i]], self.length, generator=generator).item()
         rows = slice(start, start + self.length)
@@ -703,10 +661,8 @@ class SubsequenceDataset:
 
 
 def window_starts(count: int, length: int) -> list[int]:
-    """Return the first snippets of windows of `length` over `count` snippets.
-
-    Each overlaps the one before by half; the last ends with the video.
-    """
+    """Return the first snippets of windows of `length` over `count` snippets: each overlaps the one
+    before by half, the last ends with the video."""
     return [*range(0, count - length, length // 2), max(count - length, 0)]
 
 
@@ -717,16 +673,13 @@ def cut_windows(features: torch.Tensor, length: int) -> tuple[torch.Tensor, list
     return torch.stack([pad(x, (0, length - x.shape[1])) for x in windows]), starts
 
 
-def clip_to_window(segments, labels, count, first, length, inside=0.5):
-    """Return the segments, clipped to a window and as fractions of it, and their labels.
-
-    segments: (N, 2) as fractions of a video of `count` snippets; those of which less than `inside`
-    lies in the window, snippets `first` to `first + length`, are left out.
-    """
+def clip_to_window(segments, labels, count, first, length):
+    """Return the segments (N, 2) of a video of `count` snippets that lie at least half in a window
+    from snippet `first` on, as fractions of it, clipped, and their labels."""
     segments = (segments * count - first) / length
     clipped = segments.clamp(0, 1)
     seen = clipped[:, 1] - clipped[:, 0]
-    keep = (seen > 0) & (seen >= inside * (segments[:, 1] - segments[:, 0]))
+    keep = (seen > 0) & (seen >= 0.5 * (segments[:, 1] - segments[:, 0]))
     return clipped[keep], tuple(compress(labels, keep.tolist()))
 
 
@@ -743,12 +696,11 @@ def windows_with_segments(videos, counts, length):
 
 
 class WindowDataset:
-    """Windows of `length` snippets over a FeatureDataset at its own rate, as on THUMOS14, whose
-    videos are long and whose actions are short.
+    """Windows of `length` snippets over a FeatureDataset at its own rate, for long videos.
 
     Training: dataset[index, fidelity] is a window with a segment, as a sample of FeatureDataset.
     Else it is a video with all its windows: {"name", "features" (W, C, length), "first" (W,),
-    "snippets"}, for batches of one. What lies beyond the end of a short video is zero.
+    "snippets"}, for batches of one. Beyond the end of a short video they are zero.
     """
 
     def __init__(self, dataset: FeatureDataset, length: int, train: bool = False):
@@ -771,8 +723,8 @@ class WindowDataset:
         if not self.train:
             x = self.dataset.features(pair[0])
             windows, starts = cut_windows(x, self.length)
-            sample = {"name": self.videos[pair[0]].name, "features": windows}
-            return {**sample, "first": torch.tensor(starts), "snippets": x.shape[1]}
+            name, first = self.videos[pair[0]].name, torch.tensor(starts)
+            return {"name": name, "features": windows, "first": first, "snippets": x.shape[1]}
         i, first = self.items[pair[0]]
         video = self.videos[i]
         actions = clip_to_window(*video.actions, self.counts[i], first, self.length)
@@ -799,7 +751,6 @@ def collate(samples: list[dict]) -> dict:
 
 
 def _stack(tensors):
-    """Return torch.stack(tensors), a single one without a copy."""
     first = tensors[0]
     if len(tensors) == 1:
         return first[None]
@@ -808,7 +759,7 @@ def _stack(tensors):
     if channels_last:
         tensors = [x.movedim(2, -1) for x in tensors]
     out = None
-    if get_worker_info() is not None:
+    if get_worker_info() is not None and first.numel():
         # As in torch's own collate: a worker stacks straight into the memory that it shares.
         storage = torch.UntypedStorage._new_shared(len(tensors) * first.nbytes)
         out = torch.empty(0, dtype=first.dtype).set_(storage).view(-1, *tensors[0].shape)
@@ -817,11 +768,8 @@ def _stack(tensors):
 
 
 class _Batches:
-    """A data set of collated batches: batches[(index, Fidelity) pairs].
-
-    An InputError is returned, not raised, so that it leaves a worker with its own message; the
-    batch moves into shared memory here, as an error in the worker's sending thread would be lost.
-    """
+    """A data set of collated batches, or of an InputError: raised, it would leave a worker without
+    its own message. They are shared here: an error in the worker's sending thread would be lost."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -852,28 +800,21 @@ def _start_worker(_):
 class BatchLoader(DataLoader):
     """The batches of a data set, collated, as `batch_sampler` lists them: [(index, Fidelity), ...].
 
-    workers: processes that load them; 0: this one. An InputError in a worker is raised here with
-    its own message, another exception with the worker's traceback. A worker that was killed, or a
-    full /dev/shm, is an InputError too.
+    workers: processes; 0: this one. An InputError in a worker is raised here with its own message,
+    another exception with its traceback. A killed worker or a full /dev/shm is an InputError too.
     """
 
     def __init__(self, dataset, batch_sampler, workers: int, device: torch.device):
-        super().__init__(
-            _Batches(dataset),
-            batch_size=None,
-            sampler=batch_sampler,
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-        )
+        options = {"num_workers": workers, "persistent_workers": workers > 0}
+        options |= {"worker_init_fn": _start_worker, "pin_memory": device.type == "cuda"}
+        super().__init__(_Batches(dataset), batch_size=None, sampler=batch_sampler, **options)
 
     def __iter__(self):
         batches = super().__iter__()
         self.processes = multiprocessing.active_children()
         if self.num_workers:
-            # torch's handler raises for a killed worker in the middle of a training step. Without
-            # it the worker is missed when its batch is due.
+            # torch's handler would raise for a killed worker in the middle of a training step,
+            # not when its batch is due.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # Registered last, so run first: torch and multiprocessing wait for workers to end.
             atexit.register(stop_workers)

@@ -20,16 +20,12 @@ s .. s + d, the segment [s/L, (s + d + 1)/L].
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Device = torch.device | str | None
-
-# ------------------------------------------------------------------------------------------ graph
 
 
 @torch.no_grad()
@@ -40,24 +36,28 @@ def neighbour_graph(x: Tensor, k: int) -> Tensor:
     l; ties go to the lower index; k is at most L. As a matrix, because graph @ x is then the gather
     and its backward a product too: no atomic additions in varying order.
     """
-    B, L, _ = x.shape
-    k = min(k, L)
-    x = x.to(_full(x.dtype))
+    x = _full(x)
     # Differences before squares: equal snippets have distance 0, not rounding noise.
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # (B, L, L)
     distance.diagonal(dim1=1, dim2=2).fill_(-1)
-    nearest = distance.sort(dim=2, stable=True).indices[:, :, :k]  # (B, L, k)
-    return x.new_zeros(B, k, L, L).scatter_(3, nearest.transpose(1, 2).unsqueeze(3), 1)
+    nearest = distance.sort(dim=2, stable=True).indices[:, :, :k].transpose(1, 2)  # (B, k, L)
+    return x.new_zeros(*nearest.shape, x.shape[1]).scatter_(3, nearest.unsqueeze(3), 1)
 
 
-def _full(dtype):
-    """Return the dtype for what half precision would spoil: float64 stays, others are float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _full(x):
+    """Return x in float32 at least, for what half precision would spoil."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a convolution of kernel 1 to rows (..., C)."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def relu_between(*layers: nn.Module) -> nn.Sequential:
+    """Chain layers, with a ReLU between each two."""
+    pairs = [(layer, nn.ReLU()) for layer in layers]
+    return nn.Sequential(*itertools.chain(*pairs))[:-1]
 
 
 class GCNeXt(nn.Module):
@@ -67,36 +67,28 @@ class GCNeXt(nn.Module):
     matrix: more arithmetic, and still faster than a grouped convolution of few channels a group.
     """
 
-    def __init__(self, channels: int, *, width: int = 128, groups: int = 32, neighbours: int = 3):
+    def __init__(self, channels: int, width: int, groups: int):
         super().__init__()
-        self.neighbours = neighbours
-        self.tconvs = nn.Sequential(
+        self.tconvs = relu_between(
             nn.Conv1d(channels, width, 1),
-            nn.ReLU(),
             nn.Conv1d(width, width, 3, padding=1, groups=groups),
-            nn.ReLU(),
             nn.Conv1d(width, channels, 1),
         )
-        self.sconvs = nn.Sequential(
+        self.sconvs = relu_between(
             nn.Conv2d(2 * channels, width, 1),
-            nn.ReLU(),
             nn.Conv2d(width, width, 1, groups=groups),
-            nn.ReLU(),
             nn.Conv2d(width, channels, 1),
         )
         diagonal = torch.block_diag(*torch.ones(groups, width // groups, width // groups))
         self.register_buffer("diagonal", diagonal, persistent=False)  # (width, width)
 
-    def forward(self, x: Tensor, graph: Tensor | None = None) -> Tensor:
-        """Map (B, L, C) to (B, L, C). graph: neighbour_graph(x, k), if the caller has it."""
-        if graph is None:
-            graph = neighbour_graph(x, self.neighbours)
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        """Map (B, L, C) to (B, L, C). graph: neighbour_graph(x, k)."""
         first, _, middle, _, last = self.tconvs
         temporal = middle(pointwise(first, x).relu().transpose(1, 2)).relu().transpose(1, 2)
         temporal = pointwise(last, temporal)  # (B, L, C)
 
-        # An edge is (neighbour, self), and the first 1x1 is linear in it: convolve the snippets,
-        # then gather.
+        # An edge is (neighbour, self); the first 1x1 is linear, so it runs before the gather.
         first, _, middle, _, last = self.sconvs
         of_neighbour, of_self = first.weight.flatten(1).chunk(2, dim=1)  # (width, C)
         nodes = F.linear(x, of_neighbour)
@@ -111,7 +103,7 @@ class GCNeXt(nn.Module):
 # ---------------------------------------------------------------------------------------- SGAlign
 
 
-def anchor_grid(L: int, D: int, device: Device = None) -> tuple[Tensor, Tensor, Tensor]:
+def anchor_grid(L: int, D: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
     """Return start and duration index of each cell and whether it is in the video: (D, L) each."""
     s = torch.arange(L, device=device).expand(D, L)
     d = torch.arange(D, device=device).unsqueeze(1).expand(D, L)
@@ -130,37 +122,33 @@ def sgalign(s: Tensor, d: Tensor, L: int, bins: int) -> tuple[Tensor, Tensor, Te
     float64, sorted by anchor, bin, snippet. Points are fractions of integers, so that no rounding
     decides on which side of a snippet they fall.
     """
-    # int32 has half the traffic of int64, and is ample.
-    s = s.int()
-    d = d.int()
     inside = s + d < L
     region = torch.where(inside, 2 * d + 1, 1)
     twice_start = torch.where(inside, 2 * s - d - 1, 0)
     g = (region + bins - 1) // bins  # (A,)
 
     # Points (P,), one after the other, group by group; a group is a bin of an anchor.
-    of_group = g.repeat_interleave(bins)  # (A * bins,), the number of points of each
-    ends = of_group.cumsum(0, dtype=torch.int32)
-    group = torch.arange(len(of_group), dtype=torch.int32).repeat_interleave(of_group)  # (P,)
-    rank = torch.arange(len(group), dtype=torch.int32) - (ends - of_group)[group]  # in its group
+    sizes = g.repeat_interleave(bins)  # (A * bins,), the number of points of each
+    begins = sizes.cumsum(0) - sizes
+    groups = torch.arange(len(sizes))
+    group = groups.repeat_interleave(sizes)  # (P,)
     anchor = group // bins
-    b = group % bins
+    nth = torch.arange(len(group)) - begins[anchor * bins]  # of the anchor's points
     g = g[anchor]
     unit = 2 * bins * g  # the denominator of `point`
-    point = twice_start[anchor] * (bins * g) + (2 * (b * g + rank) + 1) * region[anchor]
+    point = twice_start[anchor] * (bins * g) + (2 * nth + 1) * region[anchor]
     value = ((point >= -unit) & (point <= L * unit)) / g.double()
     point = point.clamp_min_(0).minimum((L - 1) * unit)
     snippet = point // unit
     upper = (point - snippet * unit) / unit.double() * value
 
     # Points of a group are at most one snippet apart: they touch g + 1 snippets, its slots.
-    begins = ends - of_group + torch.arange(len(of_group), dtype=torch.int32)
-    shift = begins - snippet[ends - of_group]  # from snippet to slot
+    shift = begins + groups - snippet[begins]  # from snippet to slot
     slot = snippet + shift[group]
-    values = torch.zeros(len(group) + len(of_group), dtype=torch.float64)
+    values = torch.zeros(len(group) + len(groups), dtype=torch.float64)
     values.index_add_(0, slot, value - upper).index_add_(0, slot + 1, upper)
     slot = values.nonzero().squeeze(1)
-    group = torch.arange(len(of_group)).repeat_interleave(of_group + 1)[slot]
+    group = groups.repeat_interleave(sizes + 1)[slot]
     return group // bins, group % bins, slot - shift[group], values[slot]
 
 
@@ -171,14 +159,11 @@ class Alignment(NamedTuple):
     """
 
     cells: Tensor  # (A,) places in the flattened map of all rows but the last
-    by_row: tuple | None  # columns (nnz,), where each row begins (A + 1,), values (nnz,)
-    by_column: tuple | None  # its transpose
     dense: Tensor | None  # (A + 1, columns)
+    sparse: tuple | None  # columns (nnz,), where each row begins (A + 1,), values; its transpose
 
 
-def build_alignment(
-    entries: Sequence[Tensor], shape: tuple, cells: Tensor, device: torch.device, dtype: torch.dtype
-) -> Alignment:
+def build_alignment(entries, shape: tuple, cells: Tensor, device, dtype) -> Alignment:
     """Build the Alignment of a `shape` matrix from its row, column and value entries, (nnz,) each.
 
     Dense or sparse: on a CPU by measurement, equal at 20 to 25 snippets, at 100 sparse is five
@@ -186,26 +171,25 @@ def build_alignment(
     zeros pay as long as the matrix is small. A sparse one holds at least float32.
     """
     row, column, value = entries
+    cells = cells.to(device)
     if shape[0] * shape[1] <= (2**16 if device.type == "cpu" else 2**26):
         dense = torch.zeros(shape, dtype=value.dtype)
         dense.index_put_((row, column), value, accumulate=True)
-        return Alignment(cells.to(device), None, None, dense.to(device, dtype))
+        return Alignment(cells, dense.to(device, dtype), None)
 
     def compress(row, column, num_rows):
         order = row.int().argsort(stable=True)
-        count = torch.bincount(row, minlength=num_rows)
-        offsets = (count.cumsum(0) - count).int()
-        parts = (column[order].int(), offsets, value[order].to(_full(dtype)))
+        offsets = torch.searchsorted(row[order], torch.arange(num_rows)).int()
+        values = value[order].to(torch.promote_types(dtype, torch.float32))
+        parts = column[order].int(), offsets, values
         return tuple(part.to(device) for part in parts)
 
-    by_row = compress(row, column, shape[0])
-    return Alignment(cells.to(device), by_row, compress(column, row, shape[1]), None)
+    sparse = compress(row, column, shape[0]), compress(column, row, shape[1])
+    return Alignment(cells, None, sparse)
 
 
 @functools.lru_cache(maxsize=32)
-def sgalignment(
-    L: int, D: int, bins: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> Alignment:
+def sgalignment(L: int, D: int, bins: tuple[int, int], device, dtype) -> Alignment:
     """Return the Alignment of the valid anchors of a (D, L) map, and one row for all others.
 
     bins: of the two alignments, side by side in the columns: snippet * sum(bins) + bin.
@@ -232,26 +216,24 @@ class _SparseLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, bias, alignment):
-        z = y.new_empty(len(y), len(alignment.cells) + 1, y.shape[2])
+    def forward(ctx, y, bias, matrix, transpose):
+        z = y.new_empty(len(y), len(matrix[1]), y.shape[2])
         for b, block in _blocks(y):
-            product = _sparse_product(alignment.by_row, y[b, :, block])
-            z[b, :, block] = product.add_(bias[block]).relu_()
+            z[b, :, block] = _sparse_product(matrix, y[b, :, block]).add_(bias[block]).relu_()
         ctx.save_for_backward(z)
-        ctx.matrix = alignment.by_column
-        ctx.shape = y.shape
+        ctx.transpose = transpose
         return z
 
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        grad_y = grad.new_empty(ctx.shape)
+        grad_y = grad.new_empty(len(grad), len(ctx.transpose[1]), grad.shape[2])
         grad_bias = grad.new_zeros(grad.shape[2])
         for b, block in _blocks(grad):
             part = grad[b, :, block] * (z[b, :, block] > 0)
             grad_bias[block] += part.sum(dim=0)
-            grad_y[b, :, block] = _sparse_product(ctx.matrix, part)
-        return grad_y, grad_bias, None
+            grad_y[b, :, block] = _sparse_product(ctx.transpose, part)
+        return grad_y, grad_bias, None, None
 
 
 def _blocks(x):
@@ -261,34 +243,57 @@ def _blocks(x):
 
 def _sparse_product(matrix, x):
     columns, offsets, values = matrix
-    options = {"mode": 0, "per_sample_weights": values}  # 0: sums
-    return torch.embedding_bag(x.contiguous(), columns, offsets, **options)[0]
+    return F.embedding_bag(columns, x.contiguous(), offsets, mode="sum", per_sample_weights=values)
 
 
-def convolve_bins(weight: Tensor, features: Sequence[Tensor], bins: Sequence[int]) -> Tensor:
-    """Apply a 1x1 convolution of sub-graph features before they are aligned: each snippet, by bin.
+def convolve_bins(conv: nn.Module, features: Sequence[Tensor], bins: Sequence[int]) -> Tensor:
+    """Apply a convolution of sub-graph features before they are aligned: to each snippet, by bin.
 
-    weight (H, C * sum(bins)), column channel * sum(bins) + bin; features: a (B, L, C) for each
-    entry of bins. Returns (B, L * sum(bins), H).
+    conv: its weight is (H, C * sum(bins), 1, 1), input channel * sum(bins) + bin. features: a
+    (B, L, C) for each entry of bins. Returns (B, L * sum(bins), H), without the bias.
     """
-    H = len(weight)
-    C = features[0].shape[2]
-    parts = weight.t().contiguous().view(C, -1, H).split(bins, dim=1)  # (C, bins, H) each
-    y = [x @ part.flatten(1) for x, part in zip(features, parts, strict=True)]
-    return torch.cat([part.unflatten(2, (-1, H)) for part in y], dim=2).flatten(1, 2)
+    weight = conv.weight.flatten(1).t().contiguous().unflatten(0, (-1, sum(bins)))  # (C, bins, H)
+    pairs = zip(features, weight.split(bins, dim=1), strict=True)
+    y = torch.cat([x @ part.flatten(1) for x, part in pairs], dim=2)
+    return y.unflatten(2, (sum(bins), -1)).flatten(1, 2)
 
 
-def align(y: Tensor, bias: Tensor, alignment: Alignment) -> Tensor:
-    """Return ReLU(alignment @ y + bias): (B, columns, H), (H,) -> (B, A + 1, H)."""
+def map_layers(wide: int, narrow: int, kernel: int) -> nn.Sequential:
+    """Make what follows the first convolution of a map: (B, wide, D, L) -> (B, 2, D, L)."""
+    middle = functools.partial(nn.Conv2d, narrow, narrow, kernel, padding=kernel // 2)
+    layers = relu_between(nn.Conv2d(wide, narrow, 1), middle(), middle(), nn.Conv2d(narrow, 2, 1))
+    return layers.append(nn.Sigmoid())
+
+
+def score_map(layers, y: Tensor, bias: Tensor, alignment: Alignment, shape: tuple) -> Tensor:
+    """Run ReLU(alignment @ y + bias), then map_layers: (B, columns, wide) -> (B, 2, *shape)."""
+    D, L = shape
+
+    def fill(z):  # (B, A + 1, H) -> (B, D, L, H): to each cell its row, or the last
+        z = z[:, -1:].expand(-1, D * L, -1).index_copy(1, alignment.cells, z[:, :-1])
+        return z.unflatten(1, (D, L))
+
     if alignment.dense is not None:
-        return (alignment.dense @ y).add_(bias).relu_()
-    dtype = _full(y.dtype)
-    return _SparseLayer.apply(y.to(dtype), bias.to(dtype), alignment).to(y.dtype)
+        z = (alignment.dense @ y).add_(bias).relu_()
+    else:
+        z = _SparseLayer.apply(_full(y), _full(bias), *alignment.sparse).to(y.dtype)
+    first, _, second, _, third, _, last, _ = layers
+    z = pointwise(first, z).relu_()  # (B, A + 1, narrow)
+    if second.kernel_size[0] == 1:  # on rows, which are fewer than cells
+        z = pointwise(third, pointwise(second, z).relu_()).relu_()
+        z = fill(confidence(last, z))
+    else:
+        z = fill(z).permute(0, 3, 1, 2)  # channels last in memory
+        z = third(second(z).relu_()).relu_()
+        z = confidence(last, z.permute(0, 2, 3, 1))
+    return z.permute(0, 3, 1, 2).contiguous()
 
 
-def fill(z: Tensor, alignment: Alignment, cells: int) -> Tensor:
-    """Give each cell of the flattened map its row, or the last: (B, A + 1, H) -> (B, cells, H)."""
-    return z[:, -1:].expand(-1, cells, -1).index_copy(1, alignment.cells, z[:, :-1])
+def confidence(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return the sigmoid of a last 1x1 on rows: not in bfloat16, which would tie many proposals."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = _full(x)
+        return torch.sigmoid(F.linear(x, conv.weight.flatten(1).to(x), conv.bias.to(x)))
 
 
 # ------------------------------------------------------------------------------------------- head
@@ -323,116 +328,55 @@ class GTAD(nn.Module):
         self.neighbours = neighbours
         self.bins = (inner_bins, context_bins)
         self.durations = durations
-        wide, narrow = map_hidden
-
-        def block():
-            return GCNeXt(hidden, width=gcn_width, groups=gcn_groups, neighbours=neighbours)
-
+        block = functools.partial(GCNeXt, hidden, gcn_width, gcn_groups)
         stem = nn.Conv1d(in_channels, hidden, 3, padding=1, groups=stem_groups)
         self.backbone1 = nn.Sequential(stem, nn.ReLU(), block())
         self.backbone2 = nn.Sequential(block())
         self.regu_s = nn.Sequential(block(), nn.Conv1d(hidden, 1, 1), nn.Sigmoid())
         self.regu_e = nn.Sequential(block(), nn.Conv1d(hidden, 1, 1), nn.Sigmoid())
-        self.localization = nn.Sequential(
-            nn.Conv2d(hidden * sum(self.bins), wide, 1),
-            nn.ReLU(),
-            nn.Conv2d(wide, narrow, 1),
-            nn.ReLU(),
-            nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2),
-            nn.ReLU(),
-            nn.Conv2d(narrow, narrow, kernel, padding=kernel // 2),
-            nn.ReLU(),
-            nn.Conv2d(narrow, 2, 1),
-            nn.Sigmoid(),
-        )
+        first = nn.Conv2d(hidden * sum(self.bins), map_hidden[0], 1)
+        self.localization = nn.Sequential(first, nn.ReLU(), *map_layers(*map_hidden, kernel))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, C, L), any L, to start (B, L), end (B, L) and map (B, 2, D, L).
-
-        They lie in [0, 1] and are at least float32.
-        """
-        C = self.backbone1[0].in_channels
-        if x.dim() != 3 or x.shape[1] != C:
-            raise ValueError(f"GTAD got features {tuple(x.shape)}, expected (B, {C}, L)")
+        """Map (B, C, L) to start, end (B, L) and map (B, 2, D, L), in [0, 1], at least float32."""
         stem, _, block = self.backbone1
-        base = block(stem(x).relu().transpose(1, 2).contiguous())  # (B, L, hidden)
-        graph = neighbour_graph(base, self.neighbours)  # of one input: three blocks share it
-        start = confidence(self.regu_s[1], self.regu_s[0](base, graph)).squeeze(2)
-        end = confidence(self.regu_e[1], self.regu_e[0](base, graph)).squeeze(2)
-        return start, end, self._map(self.backbone2[0](base, graph))
+        if x.dim() != 3 or x.shape[1] != stem.in_channels:
+            raise ValueError(f"GTAD got {tuple(x.shape)}, expected (B, {stem.in_channels}, L)")
+        x = stem(x).relu().transpose(1, 2).contiguous()  # (B, L, hidden)
+        x = block(x, neighbour_graph(x, self.neighbours))
+        graph = neighbour_graph(x, self.neighbours)  # of one input: three blocks share it
+        start = confidence(self.regu_s[1], self.regu_s[0](x, graph)).squeeze(2)
+        end = confidence(self.regu_e[1], self.regu_e[0](x, graph)).squeeze(2)
 
-    def _map(self, x):
-        """Map (B, L, hidden) to (B, 2, D, L)."""
+        x = self.backbone2[0](x, graph)
+        context = neighbour_graph(x, self.neighbours).mean(dim=1).to(x.dtype) @ x
+        first, _, *layers = self.localization
+        y = convolve_bins(first, (x, context), self.bins)  # (B, L * bins, wide)
         L = x.shape[1]
         D = self.durations or L
-        graph = neighbour_graph(x, self.neighbours)
-        context = graph.mean(dim=1).to(x.dtype) @ x
-        first, _, second, _, third, _, fourth, _, last, _ = self.localization
-        y = convolve_bins(first.weight.flatten(1), (x, context), self.bins)  # (B, L * bins, wide)
         alignment = sgalignment(L, D, self.bins, y.device, y.dtype)
-        z = align(y, first.bias, alignment)  # (B, A + 1, wide)
-        z = pointwise(second, z).relu_()
-        if third.kernel_size[0] == 1:
-            z = pointwise(fourth, pointwise(third, z).relu_()).relu_()
-            z = fill(confidence(last, z), alignment, D * L)
-        else:
-            z = fill(z, alignment, D * L).unflatten(1, (D, L)).permute(0, 3, 1, 2)  # channels last
-            z = fourth(third(z).relu_()).relu_()
-            z = confidence(last, z.permute(0, 2, 3, 1).flatten(1, 2))
-        return z.transpose(1, 2).unflatten(2, (D, L)).contiguous()
-
-
-def confidence(conv: nn.Module, x: Tensor) -> Tensor:
-    """Return the sigmoid of a last 1x1 on rows: not in bfloat16, which would tie many proposals."""
-    dtype = _full(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        weight = conv.weight.flatten(1).to(dtype)
-        return torch.sigmoid(F.linear(x.to(dtype), weight, conv.bias.to(dtype)))
-
-
-def official_state(state_dict: dict, expected: dict) -> dict:
-    """Return a release's state dict without a leading `module.`; ValueError for other keys."""
-    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    if missing or unexpected:
-        raise ValueError(
-            f"not the release's head: missing keys {missing}, unexpected keys {unexpected};\n"
-            "of a whole checkpoint, pass the part called state_dict"
-        )
-    return state
+        return start, end, score_map(layers, y, first.bias, alignment, (D, L))
 
 
 def load_official(state_dict: dict, *, inner_bins: int = 32, **options) -> GTAD:
-    """Make a GTAD with the weights of an official checkpoint's state dict.
+    """Make a GTAD with the weights of an official checkpoint, its part called state_dict.
 
     Sizes are read off the tensors. What their shapes cannot tell is given, by default that of the
     ActivityNet release: inner_bins (the others are context bins), and the options durations,
-    stem_groups and neighbours of GTAD. ValueError lists keys that do not fit.
+    stem_groups and neighbours of GTAD. A KeyError or RuntimeError names keys that do not fit.
     """
-    small = GTAD(in_channels=4, hidden=4, gcn_width=4, gcn_groups=4, map_hidden=(1, 1))
-    state = official_state(state_dict, small.state_dict())
-    stem = state["backbone1.0.weight"]
-    graph = state["backbone1.2.tconvs.2.weight"]
-    hidden = len(stem)
+    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    hidden, stem_width, _ = state["backbone1.0.weight"].shape
+    gcn_width, group_width, _ = state["backbone1.2.tconvs.2.weight"].shape
     wide, columns = state["localization.0.weight"].shape[:2]
+    narrow, _, kernel, _ = state["localization.4.weight"].shape
     context_bins = columns // hidden - inner_bins
-    if columns % hidden or context_bins < 1:
-        raise ValueError(
-            f"localization.0.weight has {columns} input channels, expected {hidden} times more "
-            f"than inner_bins={inner_bins}: pass the release's inner_bins"
-        )
-    head = GTAD(
-        in_channels=stem.shape[1] * options.get("stem_groups", 4),
-        hidden=hidden,
-        gcn_width=len(graph),
-        gcn_groups=len(graph) // graph.shape[1],
-        inner_bins=inner_bins,
-        context_bins=context_bins,
-        map_hidden=(wide, len(state["localization.2.weight"])),
-        kernel=state["localization.4.weight"].shape[-1],
-        **options,
-    )
+    if context_bins < 1:
+        raise ValueError(f"inner_bins={inner_bins}, expected below the {columns // hidden} bins")
+    bins = {"inner_bins": inner_bins, "context_bins": context_bins}
+    gcn = {"gcn_width": gcn_width, "gcn_groups": gcn_width // group_width}
+    options["in_channels"] = stem_width * options.get("stem_groups", 4)
+    head = GTAD(hidden=hidden, map_hidden=(wide, narrow), kernel=kernel, **gcn, **bins, **options)
     head.load_state_dict(state)
     return head
 
@@ -449,9 +393,7 @@ class Targets(NamedTuple):
     valid: Tensor  # (D, L) bool: the cell's segment ends inside the video
 
 
-def make_targets(
-    segments: Sequence[Tensor], L: int, D: int | None = None, device: Device = None
-) -> Targets:
+def make_targets(segments: Sequence[Tensor], L: int, D: int | None = None, device=None) -> Targets:
     """Turn annotated segments into Targets on L snippets and D durations (default L).
 
     segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside
@@ -463,33 +405,23 @@ def make_targets(
             raise ValueError(f"segments {segment.tolist()}: expected (N, 2) with start <= end")
     # Padding far outside the video overlaps nothing.
     clipped = [segment.clamp(0, 1) for segment in segments]
-    padded = nn.utils.rnn.pad_sequence(clipped, True, padding_value=-10.0)
-    padded = padded.to(device, _full(padded.dtype))
-    begin, finish = padded.unbind(2)  # (B, N)
+    padded = _full(nn.utils.rnn.pad_sequence(clipped, True, padding_value=-10.0).to(device))
     s, d, valid = anchor_grid(L, D, padded.device)
     low = s.to(padded.dtype) / L
     high = (s + d + 1).to(padded.dtype) / L
+    i = torch.arange(L, device=padded.device)
     iou = padded.new_zeros(len(padded), D, L)
-    for n in range(padded.shape[1]):  # N is small, D * L is not
-        b = begin[:, n, None, None]
-        f = finish[:, n, None, None]
+    near = padded.new_zeros(len(padded), 2, L)
+    for segment in padded.unbind(1):  # (B, 2); N is small, D * L is not
+        b, f = segment[:, :, None, None].unbind(1)
         overlap = (torch.minimum(high, f) - torch.maximum(low, b)).clamp_min(0)
         iou = torch.maximum(iou, overlap / ((high - low) + (f - b) - overlap))
-    start = _boundary_overlap(begin, L)
-    return Targets(start, _boundary_overlap(finish, L), iou * valid, valid)
-
-
-def _boundary_overlap(boundary, L):
-    """Return the share of each snippet's bin within 1.5 snippets of the best boundary, (B, L).
-
-    boundary: (B, N). The bin of snippet i is [(i - 0.5)/L, (i + 1.5)/L].
-    """
-    if not boundary.shape[1]:
-        return boundary.new_zeros(len(boundary), L)
-    i = torch.arange(L, device=boundary.device)
-    position = boundary.unsqueeze(2) * L  # (B, N, 1)
-    overlap = torch.minimum(position + 1.5, i + 1.5) - torch.maximum(position - 1.5, i - 0.5)
-    return (overlap.clamp_min(0) / 2).amax(dim=1)
+        # Within 1.5 snippets of a boundary is what share of the bin [i - 0.5, i + 1.5]?
+        at = segment.unsqueeze(2) * L
+        overlap = torch.minimum(at + 1.5, i + 1.5) - torch.maximum(at - 1.5, i - 0.5)  # (B, 2, L)
+        near = torch.maximum(near, overlap / 2)
+    start, end = near.unbind(1)
+    return Targets(start, end, iou * valid, valid)
 
 
 class Weights(NamedTuple):
@@ -502,11 +434,7 @@ class Weights(NamedTuple):
 
 
 def loss_weights(
-    targets: Targets,
-    *,
-    generator: torch.Generator | None = None,
-    shard: tuple[int, int] = (0, 1),
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    targets: Targets, *, generator: torch.Generator | None = None, shard=(0, 1), reduce=None
 ) -> Weights:
     """Return class balance, random subset and normalisation of the losses; targets decide alone.
 
@@ -526,18 +454,17 @@ def loss_weights(
         raise ValueError(f"got shard {shard}, expected (rank, ranks) with 0 <= rank < ranks")
     reduce = reduce or (lambda counts: counts)
     iou = targets.iou
-    sides = [(target > 0.5, target <= 0.5) for target in (targets.start, targets.end)]
-    sides.append(((iou > 0.9) & targets.valid, (iou <= 0.9) & targets.valid))
+    positive = [targets.start > 0.5, targets.end > 0.5, (iou > 0.9) & targets.valid]
+    negative = [targets.start <= 0.5, targets.end <= 0.5, (iou <= 0.9) & targets.valid]
     bands = [iou > 0.7, (iou > 0.3) & (iou <= 0.7), (iou > 0) & (iou <= 0.3)]
-    masks = [mask for side in sides for mask in side] + bands
+    masks = [*positive, *negative, *bands]
     counts = reduce(torch.stack([mask.sum() for mask in masks]).to(iou.dtype))  # (9,)
 
     def half(mask, count):
         return mask * (0.5 / count).where(count > 0, 0)
 
     start, end, classification = (
-        half(positive, counts[2 * i]) + half(negative, counts[2 * i + 1])
-        for i, (positive, negative) in enumerate(sides)
+        half(positive[i], counts[i]) + half(negative[i], counts[3 + i]) for i in range(3)
     )
 
     B = len(iou)
@@ -555,15 +482,13 @@ def cross_entropy(score: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
     return -(weight * torch.where(positive, score, 1 - score).clamp_min(1e-12).log()).sum()
 
 
-def losses(
-    start: Tensor, end: Tensor, map: Tensor, targets: Targets, weights: Weights
-) -> dict[str, Tensor]:
+def losses(start: Tensor, end: Tensor, map: Tensor, targets: Targets, weights: Weights) -> dict:
     """Return the three terms of the G-TAD loss (section 3.4), scalars.
 
     node: start and end scores; regression: channel 0 of the map; classification: channel 1. The
     total of the release is node + 10 * regression + classification.
     """
-    start, end, map = (output.to(_full(output.dtype)) for output in (start, end, map))
+    start, end, map = (_full(output) for output in (start, end, map))
     start_loss = cross_entropy(start, targets.start > 0.5, weights.start)
     end_loss = cross_entropy(end, targets.end > 0.5, weights.end)
     return {
@@ -577,9 +502,7 @@ def losses(
 
 
 @torch.no_grad()
-def decode(
-    start: Tensor, end: Tensor, map: Tensor, *, boundary_scores: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def decode(start: Tensor, end: Tensor, map: Tensor, *, boundary_scores: bool = False) -> tuple:
     """Turn outputs into segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), best first.
 
     A start s in 0 .. L - 1 is kept if its score is a local peak or above half the video's best;
@@ -592,25 +515,21 @@ def decode(
     e = L there is none: the target of a segment that ends with the video is 1 at snippet L - 1,
     whose score stands for boundary L too.
     """
-    start, end, map = (output.to(_full(output.dtype)) for output in (start, end, map))
+    start, end, map = (_full(output) for output in (start, end, map))
     D, L = map.shape[2:]
     starts = _peaks(start)
     ends = _peaks(end)
     starts[:, 0] = True
     ends[:, -1] = True
-    ends = torch.cat([ends, ends[:, -1:]], dim=1)  # (B, L + 1)
-    end = torch.cat([end, end[:, -1:]], dim=1)
     s, d, inside = anchor_grid(L, D, map.device)
-    e = (s + d + 1).clamp_max(L)  # (D, L)
+    e = (s + d + 1).clamp_max(L - 1)  # (D, L), where boundary e has its score
     keep = starts[:, s] & ends[:, e] & inside  # (B, D, L)
     score = map[:, 0] * map[:, 1]
     if boundary_scores:
         score = score * start[:, s] * end[:, e]
     K = int(keep.flatten(1).sum(dim=1).max())
     score = score.masked_fill(~keep, -1).flatten(1)
-    score, cell = score.sort(dim=1, descending=True, stable=True)
-    score = score[:, :K]
-    cell = cell[:, :K]
+    score, cell = (x[:, :K] for x in score.sort(dim=1, descending=True, stable=True))
     segments = torch.stack([cell % L, cell % L + cell // L + 1], dim=2).to(score.dtype) / L
     valid = score >= 0
     return segments * valid.unsqueeze(2), score.clamp_min(0), valid

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ import data
 import evaluate
 import media
 from checkpoint import RunFolder, load_json, load_state, peak_memory_gb
-from localizer import Localizer, autocast, build_encoder, extract_features, predict
+from localizer import Distributed, Localizer, build_encoder, extract_features, predict
 from media import InputError
 from sola import SoLa
 
@@ -122,7 +121,7 @@ def encode_video(model, source, bar=False):
     count = max(round(source.duration * video.rate), 1) if video.rate else video.snippets
     window = (video.frames_per_snippet, video.stride)
     numbers = media.snippet_frames(source.num_frames, count, *window).numpy()
-    context = partial(autocast, model.device, model.cfg.precision)
+    context = Distributed(0, 1, model.device, model.cfg.precision).autocast
     features = []
     show = bar and sys.stderr.isatty()
     with tqdm(total=count, unit="snippet", leave=False, disable=not show) as progress:
@@ -150,8 +149,8 @@ def localize(model, video, bar=False):
             num_snippets = x.shape[2]
             x, first = data.cut_windows(x[0], model.cfg.video.snippets)
             windows = torch.tensor(first, device=x.device), num_snippets
-        options = {k: model.cfg.detect[k] for k in ("sigma", "top_k", "classes_per_video")}
-        found, _ = predict(model.localizer, x, [("", source.duration)], windows=windows, **options)
+        video = ([""], [source.duration])
+        found, _ = predict(model.localizer, x, *video, model.cfg.detect, windows=windows)
         return found[""]
     except RuntimeError as error:
         # On a CPU, torch has no class of its own for this.

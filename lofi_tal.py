@@ -57,16 +57,15 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
     size, optimizer. ddp: the Distributed, also of a process alone. sampling: of the sampler.
     """
     task = name.rpartition("/")[2]
-    order = {"seed": data.seed_of(cfg.seed, task), **ddp.shard, **sampling}
+    ranks = {"rank": ddp.rank, "world_size": ddp.world_size}
+    order = {"seed": data.seed_of(cfg.seed, task), **ranks, **sampling}
     sampler = data.CyclicFidelitySampler(len(dataset), options["batch_size"], fidelities, **order)
     model.to(ddp.device)
     loader = data.BatchLoader(dataset, sampler, cfg.data.workers, ddp.device)
     optimizer = checkpoint.build_optimizer(model, options)
     progress = checkpoint.Progress(name, model, optimizer, sampler, options, cfg, ddp)
     progress.resume(trained_on=data.fingerprint(dataset.videos), config=config.snapshot(cfg))
-    net = model
-    if ddp.world_size > 1:
-        net = DistributedDataParallel(model, device_ids=ddp.device_ids)
+    net = DistributedDataParallel(model) if ddp.world_size > 1 else model
     net.train()
     max_norm = options.get("clip_grad_norm") or float("inf")  # inf: measured, not clipped
     with checkpoint.StopSignals() as signals:
@@ -100,8 +99,9 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
                     ddp.log(f"{progress.title}: stopped after step {i + 1}; rerun to resume")
                     raise SystemExit(128 + signals.number)
             progress.end_epoch()
-    for buffer in model.buffers():  # DDP copies rank 0's before a forward, not after the last
-        ddp.broadcast(buffer)
+    if ddp.world_size > 1:  # DDP copies rank 0's buffers before a forward, not after the last
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     return time.monotonic() - progress.started
 
 
@@ -125,8 +125,7 @@ def pretrain_task(encoder, task, cfg, ddp):
     """Train the encoder below a linear classifier of clips; return a record of how it went."""
     options = pretrain.task_options(cfg.pretrain, task)
     clips = pretrain.load_clips(task, options, **config.clip_sources(cfg, task, ddp.log))
-    views = {key: cfg.video[key] for key in ("stride", "crop", "flip")}
-    views["frames"] = options["frames"]
+    views = {"frames": options["frames"], **{k: cfg.video[k] for k in ("stride", "crop", "flip")}}
     train_set = pretrain.ClipDataset(clips.train, train=True, seed=cfg.seed, **views)
     torch.manual_seed(data.seed_of(cfg.seed, task))
     model = pretrain.ClipClassifier(encoder, len(clips.classes))
@@ -219,10 +218,10 @@ def detect_stage(cfg, run, ddp):
     model.to(ddp.device).eval()
     class_scores, source = config.class_scores(cfg, dataset.videos)
     full = config.run_fidelities(cfg)["full"]
-    results = localizer.detect(model, dataset, full, cfg.detect, class_scores, ddp)
+    detections, proposals = localizer.detect(model, dataset, full, cfg.detect, class_scores, ddp)
     if ddp.is_main:
-        evaluate.save_results(results.proposals, run.proposals, seed=cfg.seed)
-        evaluate.save_results(results.detections, run.result, class_source=source, seed=cfg.seed)
+        evaluate.save_results(proposals, run.proposals, seed=cfg.seed)
+        evaluate.save_results(detections, run.result, class_source=source, seed=cfg.seed)
         seconds = saved["seconds"] + time.monotonic() - started
         summary = config.score_run(cfg, run, dataset.videos, saved["trained_on"], seconds)
         ddp.log(summary)  # metrics.json is written
@@ -243,7 +242,8 @@ def main(argv=None):
                 ddp.log(f"stage {name} took {time.monotonic() - started:.1f} s")
             elif name in cfg.stages:
                 ddp.log(f"stage {name} is done: {run.path}/{config.STAGES[name]}")
-        ddp.close()
+        if ddp.world_size > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

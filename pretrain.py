@@ -100,15 +100,11 @@ def load_clips(task, options, *, videos=None, num_snippets=None, subsets=SUBSETS
         clips = csv_clips(source, log)
     elif suffix == ".json" and task != "icp":
         annotated = data.load_annotations(source)
-        names = subsets if set(subsets) <= set(annotated) else SUBSETS
-        if not set(names) <= set(annotated):
-            raise InputError(
-                f"{source} has subsets {sorted(annotated)}, expected {' and '.join(subsets)}\n"
-                "(config keys data.train_subset and data.val_subset), or training and validation"
-            )
+        both = (subsets, SUBSETS)
+        names = next((names for names in both if set(names) <= set(annotated)), subsets)
         folder = options["media"] or os.path.join(os.path.dirname(source), "frames")
-        parts = [data.select_videos(annotated, name, folder, "frames", log) for name in names]
-        clips = segment_clips(*parts)
+        videos = [data.select_videos(annotated, name, folder, "frames", log) for name in names]
+        clips = segment_clips(*videos)
     else:
         suffixes = (".jpg", ".jpeg", ".JPG", ".JPEG") if task == "icp" else None
         train, classes = list_clips(f"{source}/train", suffixes)
@@ -185,12 +181,11 @@ def csv_clips(path, log=print):
     """
     parts = {"train": [], "val": []}
     missing = []
-    where = path
+    row = "as CSV"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            where = f"{path}: {row}"
             given = {key: value for key, value in row.items() if value}
             part = parts[given.pop("split", "train")]
             file = os.path.join(os.path.dirname(path), given.pop("path"))
@@ -201,8 +196,8 @@ def csv_clips(path, log=print):
             (part if os.path.exists(file) else missing).append(clip)
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise InputError(
-            f"cannot read {where} ({type(error).__name__}: {error}); expected CSV columns path,\n"
-            "label and optionally start, end (0 <= start < end, seconds) and split (train or val)"
+            f"cannot read {path} {row} ({type(error).__name__}: {error}); expected columns path,\n"
+            "label and optionally start, end (0 <= start < end, seconds), split (train or val)"
         ) from None
     if missing:
         names = data.first_names([clip.path for clip in missing])
@@ -275,16 +270,15 @@ class ClipDataset:
                 f"{clip.path}: {max(end - first, 0):g} frames from {clip.start_sec:g} to "
                 f"{clip.end_sec:g} s, expected {needed or 'more'}: correct its times or remove it"
             )
-        where = 0.5
-        view = {}
+        draws = [0.5, 0.5, 0.5, 1.0]
         if self.train:
-            key = (self.seed, "view", int(self.epoch), index // self.group_size)
-            rng = np.random.default_rng(data.seed_of(*key))
-            where = rng.random()
-            view["corner"] = tuple(rng.random(2).tolist())
-            view["flip"] = self.flip and rng.random() < 0.5
+            group = index // self.group_size
+            rng = np.random.default_rng(data.seed_of(self.seed, "view", int(self.epoch), group))
+            draws = rng.random(4).tolist()
+        where, *corner, chance = draws
+        flip = self.flip and chance < 0.5
         numbers = clip_frames(first, end, self.frames, self.stride, where, clip.playback)
-        frames = data.read_view(source, numbers, fidelity.size, self.crop, **view)
+        frames = data.read_view(source, numbers, fidelity.size, self.crop, corner, flip)
         return {"name": clip.path, "frames": frames[None], "label": clip.label}
 
 

@@ -12,12 +12,14 @@ Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and 
 copy this file where you need it.
 """
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -34,23 +36,18 @@ class InputError(ValueError):
 
 
 class _Shift(torch.autograd.Function):
-    """Take channels `ahead` from the next frame, `behind` from the previous one, the rest as it is.
-
-    The gradient is the shift the other way.
-    """
+    """Take channels `ahead` from the next frame, `behind` from the previous; gradients go back."""
 
     @staticmethod
     def forward(ctx, x, frames, ahead, behind):
         ctx.options = (frames, behind, ahead)
-        shifted = torch.empty_like(x)
+        shifted = x.clone()
         source = x.unflatten(0, (-1, frames))  # (N, T, C, H, W), a view in either memory format
         target = shifted.unflatten(0, (-1, frames))
         target[:, :-1, ahead] = source[:, 1:, ahead]
         target[:, -1, ahead] = 0
         target[:, 1:, behind] = source[:, :-1, behind]
         target[:, 0, behind] = 0
-        rest = slice(max(ahead.stop, behind.stop), None)
-        target[:, :, rest] = source[:, :, rest]
         return shifted
 
     @staticmethod
@@ -65,8 +62,6 @@ def temporal_shift(x: Tensor, frames: int, div: int = 8) -> Tensor:
     the next frame's value, the second C // div the previous frame's, the rest stay; what lies
     outside the snippet counts as zero. Returns a new tensor of x's shape, dtype and memory format.
     """
-    if x.shape[0] % frames:
-        raise ValueError(f"got {x.shape[0]} frames, expected a multiple of {frames} (a snippet)")
     n = x.shape[1] // div
     return _Shift.apply(x, frames, slice(0, n), slice(n, 2 * n))
 
@@ -79,11 +74,10 @@ def shifted_conv(conv: nn.Conv2d, x: Tensor, frames: int, div: int) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep
         return conv(shifted)
 
-    # A convolution saves its input for the gradient of its weight: here `shifted`, as large as x.
-    # But x itself is alive until the backward pass anyway: it is the output of a ReLU, which
-    # saves it for its own gradient. So where autograd would save `shifted`, known by its address,
-    # the hooks save x, in a tuple as a mark, and shift once more when the backward pass asks for
-    # it. Whatever else is saved, such as the weight, stays as it is. Saves an eighth of the memory.
+    # A convolution saves its input for the gradient of its weight: here `shifted`, as large as x,
+    # which is kept anyway, as the output of a ReLU that saves it for its own gradient. So where
+    # autograd would save `shifted`, known by its address, the hooks save x, in a tuple as a mark,
+    # and shift again when the backward pass asks for it. Saves an eighth of the memory.
     address = shifted.data_ptr()
 
     def pack(tensor):
@@ -112,23 +106,15 @@ class TSM(nn.Module):
     depth: 18, 34 or 50. width: channels of the first stage (64 in the papers). shift_div: 1 in
     shift_div channels is shifted each way; 0: none (TSN: an image network, frame by frame).
     maxpool: False for frames much smaller than 112 pixels. frozen_bn: BatchNorm keeps its running
-    statistics in training too (its scale and offset still learn), so that features depend neither
-    on the batch nor on how it is spread over GPUs. recompute: activation checkpointing, a third
-    more time for much less memory; with frozen_bn only, as the second run of a block would count
-    into BatchNorm's running statistics again.
+    statistics in training too (its scale and offset still learn): features then depend neither on
+    the batch nor on its spread over GPUs. recompute: activation checkpointing, a third more time
+    for much less memory; with frozen_bn only, as a second run would count into the statistics.
     """
 
     name = "tsm"
 
     def __init__(
-        self,
-        *,
-        depth: int = 18,
-        width: int = 64,
-        shift_div: int = 8,
-        maxpool: bool = True,
-        frozen_bn: bool = False,
-        recompute: bool = False,
+        self, *, depth=18, width=64, shift_div=8, maxpool=True, frozen_bn=False, recompute=False
     ):
         super().__init__()
         if depth not in ARCHITECTURES:
@@ -146,10 +132,10 @@ class TSM(nn.Module):
         channels = width
         for stage, count in enumerate(counts):
             planes = width * 2**stage
+            out = planes * block.expansion
             blocks = []
             for i in range(count):
                 stride = 2 if stage and not i else 1
-                out = planes * block.expansion
                 downsample = None
                 if stride > 1 or channels != out:
                     conv = nn.Conv2d(channels, out, 1, stride, bias=False)
@@ -172,19 +158,16 @@ class TSM(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames (B, L, T, 3, H, W), uint8 or float in [0, 255], any size, to (B, C, L)."""
         if frames.ndim != 6 or frames.shape[3] != 3:
-            shape = tuple(frames.shape)
-            raise ValueError(f"TSM got frames of shape {shape}, expected (B, L, T, 3, H, W)")
+            raise ValueError(f"TSM got {tuple(frames.shape)}, expected (B, L, T, 3, H, W)")
         B, L, T = frames.shape[:3]
         x = frames.flatten(0, 2)  # (B * L * T, 3, H, W)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         x = self.pool(torch.relu_(self.bn1(self.conv1(x))))
-        recompute = self.recompute and self.frozen_bn and torch.is_grad_enabled()
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                if recompute:
-                    x = checkpoint(shifted_block, block, x, T, self.shift_div, use_reentrant=False)
-                else:
-                    x = shifted_block(block, x, T, self.shift_div)
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            if self.recompute and self.frozen_bn and torch.is_grad_enabled():
+                x = checkpoint(shifted_block, block, x, T, self.shift_div, use_reentrant=False)
+            else:
+                x = shifted_block(block, x, T, self.shift_div)
         x = x.mean((2, 3)).view(B, L, T, -1)  # (B, L, T, C)
         return x.mean(2).transpose(1, 2)
 
@@ -192,16 +175,14 @@ class TSM(nn.Module):
 def freeze_batchnorm(module: nn.Module) -> nn.Module:
     """Put BatchNorm of any dimension in evaluation mode; its scale and offset still learn."""
     for m in module.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, _BatchNorm):
             m.eval()
     return module
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(
-    encoder: nn.Module,
-    batches: Iterable[Tensor],
-    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    encoder: nn.Module, batches: Iterable[Tensor], reduce: Callable = lambda sums: sums
 ) -> None:
     """Set BatchNorm's running mean and variance to those over all of `batches`.
 
@@ -209,37 +190,30 @@ def recalibrate_batchnorm(
     training; the variance is that around the mean over all. reduce: the mean of a float64 tensor
     over processes, which then get the same statistics. Leaves train and eval mode as they are.
     """
-    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    modes = [(m.training, m.momentum) for m in norms]
     # For each channel the sum of its values, then that of their squares; at the end their number.
-    sums = dict.fromkeys(norms, 0)
+    sums = {}
 
     def count(m, inputs):
         x = inputs[0].transpose(0, 1).flatten(1).float()  # (C, everything else)
         var, mean = torch.var_mean(x, 1, correction=0)
         moments = torch.cat([mean, var + mean.square(), mean.new_ones(1)])
-        sums[m] = sums[m] + x.shape[1] * moments.double()
+        sums[m] = sums.get(m, 0) + x.shape[1] * moments.double()
 
-    hooks = [m.register_forward_pre_hook(count) for m in norms]
-    try:
-        for m in norms:
-            m.train()
-            m.momentum = 0.0  # the running statistics stay out of it
-        for frames in batches:
-            encoder.forward(frames)  # not compiled, as hooks must run
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m, (training, momentum) in zip(norms, modes, strict=True):
-            m.training = training
-            m.momentum = momentum
-    for m in norms:
-        total = reduce(sums[m])
+    # A copy, so that modes and hooks of the encoder stay as they are.
+    copied = copy.deepcopy(encoder)
+    pairs = zip(encoder.modules(), copied.modules(), strict=True)
+    norms = [(m, own) for m, own in pairs if isinstance(m, _BatchNorm)]
+    for _, own in norms:
+        own.train()
+        own.register_forward_pre_hook(count)
+    for frames in batches if norms else ():
+        copied.forward(frames)  # not compiled, as hooks must run
+    for m, own in norms:
+        total = reduce(sums[own])
         mean, square = (total[:-1] / total[-1]).chunk(2)
         m.running_mean.copy_(mean)
         m.running_var.copy_(square - mean.square())
+        m.num_batches_tracked.copy_(own.num_batches_tracked)
 
 
 def load_weights(encoder: nn.Module, source: dict | str | os.PathLike) -> nn.Module:
@@ -286,10 +260,8 @@ def _read_weights(encoder, source):
         try:
             return entry.get_state_dict(progress=False, check_hash=True)
         except OSError as error:  # what urllib raises
-            raise InputError(
-                f"{entry.url} cannot be downloaded ({error}).\n"
-                f"Put that file into {torch.hub.get_dir()}/checkpoints, or name its path"
-            ) from None
+            hint = f"Put that file into {torch.hub.get_dir()}/checkpoints, or name its path"
+            raise InputError(f"{entry.url} cannot be downloaded ({error}).\n{hint}") from None
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or foreign file makes torch raise almost anything

@@ -11,16 +11,17 @@ their C and the clips that their Kinetics-400 weights were trained on:
     mvit_v1_b, mvit_v2_s             16 frames, 224 x 224   C  768            7.5 frames/s
     swin3d_t, swin3d_s, swin3d_b     32 frames, 224 x 224   C  768 (b: 1024)   15 frames/s
 
-They take any T, H and W, but: s3d needs T >= 8 (its kernels span 7 frames) and 17 x 17 pixels.
-mvit_v1_b takes 16 x 224 x 224 only, as its positions are absolute; mvit_v2_s interpolates its
-relative positions at other sizes. swin3d wants at least 224 x 224 (T-LoFi): below, its last stages
-are smaller than a window, and torchvision then takes other relative positions' biases.
+They take any T, H and W, but: s3d needs T >= 8 (its kernels span 7 frames) and 17 x 17 pixels;
+mvit_v1_b takes 16 x 224 x 224 only, its positions being absolute (mvit_v2_s interpolates its own);
+swin3d wants at least 224 x 224 (T-LoFi): where its last stages are smaller than a window,
+torchvision takes other relative positions' biases.
 
 Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and torchvision only.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 from torchvision.models.video import resnet
@@ -59,13 +60,10 @@ class VideoEncoder(nn.Module):
     Stochastic depth is off: features must not depend on how a step is cut into chunks.
     """
 
-    def __init__(
-        self, name: str, *, width: int = 64, frozen_bn: bool = False, recompute: bool = False
-    ):
+    def __init__(self, name: str, *, width=64, frozen_bn=False, recompute=False):
         super().__init__()
         if name not in VIDEO_ENCODERS:
-            expected = ", ".join(VIDEO_ENCODERS)
-            raise InputError(f"no encoder {name!r}: expected tsm or one of {expected}")
+            raise InputError(f"no encoder {name!r}: expected tsm or one of {VIDEO_ENCODERS}")
         if name not in VIDEO_RESNETS and width != 64:
             raise InputError(f"{name} has width 64 only, got {width}")
         self.name = name
@@ -86,9 +84,8 @@ class VideoEncoder(nn.Module):
                 m.p = 0.0
         # Each network has a normalisation of its own.
         views = self.torchvision_weights.transforms()
-        for key in ("mean", "std"):
-            value = 255 * torch.tensor(getattr(views, key)).view(3, 1, 1, 1)
-            self.register_buffer(key, value, persistent=False)
+        for key, rgb in (("mean", views.mean), ("std", views.std)):
+            self.register_buffer(key, 255 * torch.tensor(rgb).view(3, 1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "VideoEncoder":
         super().train(mode)
@@ -96,28 +93,25 @@ class VideoEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames (B, L, T, 3, H, W), uint8 or float in [0, 255], to features (B, C, L)."""
-        self._check_shape(tuple(frames.shape))
+        if frames.ndim != 6 or frames.shape[3] != 3:
+            shape = tuple(frames.shape)
+            raise ValueError(f"{self.name} got {shape}, expected frames (B, L, T, 3, H, W)")
+        B, L, T, _, H, W = frames.shape
+        size = f"{self.name} got {T} frames of {H} x {W}, expected"
+        # With 5 to 7 frames s3d gives features, but PyTorch's backward pass crashes on a CPU.
+        if self.name == "s3d" and (T < 8 or min(H, W) < 17):
+            raise InputError(f"{size} at least 8 of 17 x 17")
+        if self.name == "mvit_v1_b" and (T, H, W) != (16, 224, 224):
+            raise InputError(f"{size} 16 of 224 x 224: use mvit_v2_s")
         x = frames.flatten(0, 1).transpose(1, 2)  # (B * L, 3, T, H, W)
         x = (x - self.mean) / self.std
         if self.name.startswith("mvit"):
             x = self._class_token(x)
         else:
-            for module in _in_turn(self.children()):
+            for module in self.children():
                 x = self._run(module, x)
             x = x.mean((1, 2, 3) if self.name.startswith("swin") else (2, 3, 4))
-        return x.view(*frames.shape[:2], -1).transpose(1, 2)
-
-    def _check_shape(self, shape):
-        if len(shape) != 6 or shape[3] != 3:
-            raise ValueError(f"{self.name} got {shape}, expected frames (B, L, T, 3, H, W)")
-        T, _, H, W = shape[2:]
-        # With 5 to 7 frames s3d gives features, but PyTorch's backward pass crashes on a CPU.
-        if self.name == "s3d" and (T < 8 or min(H, W) < 17):
-            raise InputError(f"s3d got {T} frames of {H} x {W}, expected at least 8 of 17 x 17")
-        if self.name == "mvit_v1_b" and (T, H, W) != (16, 224, 224):
-            raise InputError(
-                f"mvit_v1_b got {T} frames of {H} x {W}, expected 16 of 224 x 224: use mvit_v2_s"
-            )
+        return x.view(B, L, -1).transpose(1, 2)
 
     def _class_token(self, x):
         """Run MViT as torchvision does, but at the size of the frames instead of its own."""
@@ -129,23 +123,19 @@ class VideoEncoder(nn.Module):
         return self.norm(x)[:, 0]
 
     def _run(self, module, *inputs):
+        # In parts small enough to be recomputed one by one.
+        if type(module) is nn.Sequential:
+            for part in module:
+                inputs = (self._run(part, *inputs),)
+            return inputs[0]
         if self.recompute and self.frozen_bn and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
 
 
-def _in_turn(modules):
-    """Yield what a network applies in turn, in parts small enough to be recomputed one by one."""
-    for module in modules:
-        if type(module) is nn.Sequential:
-            yield from _in_turn(module)
-        else:
-            yield module
-
-
 def freeze_batchnorm(module: nn.Module) -> nn.Module:
     """Put BatchNorm of any dimension in evaluation mode; its scale and offset still learn."""
     for m in module.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, _BatchNorm):
             m.eval()
     return module

@@ -25,8 +25,8 @@ def neighbours(x, k):
     return x.gather(2, index).view(B, C, L, k)
 
 
-def gcnext(block, x):
-    near = neighbours(x, block.neighbours)
+def gcnext(block, x, k):
+    near = neighbours(x, k)
     edges = torch.cat([near, x.unsqueeze(3).expand_as(near)], dim=1)  # (B, 2C, L, k)
     return torch.relu(block.tconvs(x) + x + block.sconvs(edges).max(dim=3).values)
 
@@ -53,24 +53,25 @@ def sampling(L, D, bins, device, dtype):
     return weight.view(-1, L).t().to(device, dtype).contiguous()
 
 
-def boundary_scores(branch, x):
+def boundary_scores(branch, x, k):
     block, conv, sigmoid = branch
-    return sigmoid(conv(gcnext(block, x))).squeeze(1)
+    return sigmoid(conv(gcnext(block, x, k))).squeeze(1)
 
 
 def materialised(head, x):
     """Return what head(x) returns: start (B, L), end (B, L), map (B, 2, D, L)."""
     stem, relu, block = head.backbone1
-    base = gcnext(block, relu(stem(x)))
-    x = gcnext(head.backbone2[0], base)
+    k = head.neighbours
+    base = gcnext(block, relu(stem(x)), k)
+    x = gcnext(head.backbone2[0], base, k)
     B, C, L = x.shape
     D = head.durations or L
-    context = neighbours(x, head.neighbours).mean(dim=3)
+    context = neighbours(x, k).mean(dim=3)
     parts = []
     for features, bins in zip((x, context), head.bins, strict=True):
         sampled = features @ sampling(L, D, bins, x.device, x.dtype)
         parts.append(sampled.view(B, C, bins, D, L))
     subgraphs = torch.cat(parts, dim=2)  # (B, C, bins, D, L)
-    start = boundary_scores(head.regu_s, base)
-    end = boundary_scores(head.regu_e, base)
+    start = boundary_scores(head.regu_s, base, k)
+    end = boundary_scores(head.regu_e, base, k)
     return start, end, head.localization(subgraphs.flatten(1, 2))

@@ -28,7 +28,7 @@ import torch
 import checkpoint
 import data
 import tsm
-from localizer import Distributed, Localizer, autocast, localization_step
+from localizer import Distributed, Localizer, localization_step
 from tools.make_toy import Toy, make_toy
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of GPUs that are not there
@@ -151,7 +151,7 @@ def compare_whole_step(runs):
             train_step(model, optimizer, data.to_device(next(loader), DEVICE))
 
         def encoder_alone():
-            with autocast(DEVICE):
+            with Distributed(0, 1, DEVICE).autocast():
                 features = model.encoder(batch["frames"])
             features.backward(torch.ones_like(features))
 
@@ -167,7 +167,7 @@ def plain_shifted_conv(conv, x, frames, div):
 
 def forward_backward(model, frames, conv=tsm.shifted_conv, precision="auto"):
     own, tsm.shifted_conv = tsm.shifted_conv, conv
-    with autocast(DEVICE, precision):
+    with Distributed(0, 1, DEVICE, precision).autocast():
         out = model(frames)
     out.sum().backward()
     tsm.shifted_conv = own
@@ -179,7 +179,7 @@ def held_memory(model, frames, conv=tsm.shifted_conv):
     try:
         if CUDA:
             before = torch.cuda.memory_allocated()
-            with autocast(DEVICE):
+            with Distributed(0, 1, DEVICE).autocast():
                 out = model(frames)
             held = torch.cuda.memory_allocated() - before
             del out

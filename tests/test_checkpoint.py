@@ -231,7 +231,7 @@ def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
         found["names"] = sum(ddp.gather(names), [])
         if ddp.is_main:
             torch.save(found, out + "/out.pt")
-        ddp.close()
+        torch.distributed.destroy_process_group()
     """)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

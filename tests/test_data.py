@@ -603,7 +603,7 @@ def test_subsequences_follow_seed_epoch_and_index_alone(tmp_path):
     )
     other = data.SubsequenceDataset(features, 23, per_video=3, seed=2)
     assert one.cache and not two.cache
-    assert len(one) == 4 * 3 and one.left_out == ["d"] and one.channels == 5
+    assert len(one) == 4 * 3 and one.left_out == ["d"]
     for index in range(len(one)):
         sample = one[index, data.NATIVE]
         x = sample["features"]

@@ -199,8 +199,10 @@ def test_official_checkpoint_that_does_not_fit():
     state = {key: torch.zeros(shape) for key, shape in official_shapes().items()}
     wrong = {**state, "extra": torch.zeros(1)}
     del wrong["regu_e.1.bias"]
-    with pytest.raises(ValueError, match=r"\['regu_e\.1\.bias'\].*\['extra'\]"):
+    with pytest.raises(RuntimeError, match=r'(?s)Missing.*"regu_e\.1\.bias".*Unexpected.*"extra"'):
         load_official(wrong)
+    with pytest.raises(KeyError, match=r"backbone1\.0\.weight"):
+        load_official({"state_dict": state})
     with pytest.raises(ValueError, match="inner_bins=36"):
         load_official(state, inner_bins=36)
 

@@ -127,7 +127,8 @@ class Epochs:
     def __getitem__(self, pair):
         row = [pair[0], int(self.epoch), torch.get_num_threads(), os.getpid()]
         ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        return {"row": torch.tensor(row), "ignored": ignored}
+        empty = torch.zeros(0)  # the target of a video where there are no classes
+        return {"row": torch.tensor(row), "ignored": ignored, "target": empty}
 
 
 def test_workers_live_on_see_the_epoch_and_ignore_signals():
@@ -142,6 +143,7 @@ def test_workers_live_on_see_the_epoch_and_ignore_signals():
         batches = list(loader)
         assert len(batches) == 3 - epoch
         rows = torch.cat([batch["row"] for batch in batches])
+        assert all(batch["target"].shape == (2, 0) for batch in batches)
         expected = [i for batch in sampler for i, _ in batch]
         assert rows[:, 0].tolist() == expected and set(rows[:, 1].tolist()) == {epoch}
         assert set(rows[:, 2].tolist()) == {1}

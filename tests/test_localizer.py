@@ -23,7 +23,9 @@ SEGMENTS = [
     torch.zeros(0, 2),
     torch.tensor([[0.25, 0.75]]),
 ]
-HALF = Distributed(0, 1, torch.device("cpu"), "bfloat16")
+CPU = torch.device("cpu")
+FULL = Distributed(0, 1, CPU, "float32")
+HALF = Distributed(0, 1, CPU, "bfloat16")
 
 
 def model_and_batch(durations=None):
@@ -39,7 +41,7 @@ def model_and_batch(durations=None):
     return model, {"frames": frames, "segments": SEGMENTS}
 
 
-def step(model, batch, ddp=None, **options):
+def step(model, batch, ddp=FULL, **options):
     """Return the losses of a step and the gradients that it leaves."""
     model.zero_grad()
     options = {"class_weight": 1, **options}
@@ -129,11 +131,10 @@ def test_bfloat16_is_close_and_leaves_losses_gradients_and_features_in_float32(o
 
 
 def test_precision_of_a_forward_pass():
-    cpu = torch.device("cpu")
     conv, x = torch.nn.Conv1d(2, 2, 1), torch.randn(1, 2, 4)
     dtypes = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     for precision, dtype in dtypes.items():
-        with Distributed(0, 1, cpu, precision).autocast():
+        with Distributed(0, 1, CPU, precision).autocast():
             assert conv(x).dtype == dtype
 
 
@@ -142,7 +143,7 @@ def test_precision_of_a_forward_pass_on_a_gpu():
     conv, x = torch.nn.Conv1d(2, 2, 1).cuda(), torch.randn(1, 2, 4).cuda()
     dtypes = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
     for precision, dtype in dtypes.items():
-        with localizer.autocast(x.device, precision):
+        with Distributed(0, 1, x.device, precision).autocast():
             assert conv(x).dtype == dtype
 
 
@@ -178,8 +179,9 @@ def test_bmn_scores_have_the_boundaries_in_them():
     torch.manual_seed(0)
     sizes = {"hidden": 8, "map_hidden": (8, 4), "samples": 4}
     model = Localizer("bmn", sizes, channels=8, classes=["a", "b"]).eval()
-    start, end, map, _ = model(torch.randn(1, 8, 8))
-    segments, scores, _ = model.proposals(start, end, map)
+    x = torch.randn(1, 8, 8)
+    start, end, map, _ = model(x)
+    segments, scores, *_ = model.proposals(x)
     s, e = (segments[0, 0] * 8).round().long().tolist()
     confidence = map[0, 0, e - s - 1, s] * map[0, 1, e - s - 1, s]
     torch.testing.assert_close(scores[0, 0], start[0, s] * end[0, min(e, 7)] * confidence)
@@ -197,7 +199,7 @@ def test_build_encoder_gives_each_network_its_own_sizes():
 
 def test_only_the_main_process_logs(capsys):
     for rank in (0, 1):
-        Distributed(rank, 2, torch.device("cpu")).log("loss", 0.5)
+        Distributed(rank, 2, CPU).log("loss 0.5")
     assert capsys.readouterr().out == "loss 0.5\n"
 
 
@@ -208,7 +210,8 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu(options):
     whole, expected = step(model, batch)
     model.cuda()
     batch["frames"] = batch["frames"].cuda()
-    terms, gradients = step(model, batch, **options)
+    full = Distributed(0, 1, torch.device("cuda"), "float32")
+    terms, gradients = step(model, batch, full, **options)
     for term in whole:
         torch.testing.assert_close(terms[term].cpu(), whole[term], rtol=1e-6, atol=1e-8)
     for name, gradient in expected.items():

@@ -122,9 +122,10 @@ class SubsetCheck:
             for row, problem in segment_problems(video):
                 segment = f"{video.segments[row].tolist()} {video.labels[row]}"
                 self.add(video.name, problem, f"{segment}, duration {video.duration}")
-        unreadable = self.check_frames(workers, log) if self.sources.frames else set()
+        if self.sources.frames:
+            self.check_frames(workers, log)
         self.check_features()
-        self.check_what_is_missing(unreadable)
+        self.check_what_is_missing()
         seconds = sum(v.duration for v in self.videos if v.name not in self.without_duration)
         num_segments = sum(len(video.labels) for video in self.videos)
         summary = f"{self.name}: {len(self.names)} videos, {num_segments} segments, "
@@ -135,16 +136,16 @@ class SubsetCheck:
         log(summary)
 
     def check_frames(self, workers, log):
-        """Inspect the videos' media and take durations from them; return who is unreadable."""
+        """Inspect the videos' media, and take durations from them."""
         paths = media.find_media(self.sources.frames, self.names, log=log)
         jobs = {i: paths[name] for i, name in enumerate(self.names) if name in paths}
+        self.usable["frames"] = set(paths)
         settings = self.sources.settings or {}
-        unreadable = set()
         for i, result, error in run_jobs(inspect_media, jobs, workers, f"frames {self.name}"):
             duration, wrong, prepared = result or (None, str(error), None)
             video = self.videos[i]
             if wrong and duration is None:
-                unreadable.add(video.name)
+                self.usable["frames"].remove(video.name)
                 self.add(video.name, "frames cannot be read", wrong)
             elif wrong:
                 self.add(video.name, "video is damaged", wrong)
@@ -157,8 +158,6 @@ class SubsetCheck:
                 self.add(video.name, "frames prepared otherwise", settings_there)
             if duration and math.isnan(video.duration):
                 self.videos[i] = replace(video, duration=duration)
-        self.usable["frames"] = set(paths) - unreadable
-        return unreadable
 
     def check_features(self):
         """Read the features of all videos that have them in every source."""
@@ -177,13 +176,14 @@ class SubsetCheck:
                     self.usable["features"].discard(name)
                     self.add(name, "features cannot be read", str(error))
 
-    def check_what_is_missing(self, unreadable):
+    def check_what_is_missing(self):
         """Note the videos without a duration, and those without frames and features."""
         sources = self.sources
         known = {"durations": sources.durations, "features": sources.features}
         self.videos = data.fill_durations(self.videos, **known)
         self.without_duration = {v.name for v in self.videos if math.isnan(v.duration)}
         usable = self.usable["frames"] | self.usable["features"]
+        unreadable = {p.video for p in self.problems if p.kind == "frames cannot be read"}
         self.without_media = []
         if sources.frames or sources.features:
             self.without_media = [name for name in self.names if name not in usable]
@@ -220,20 +220,13 @@ def check(sources, workers=0, log=print):
     chosen = sources.subsets
     if chosen is None:
         chosen = [name for name, videos in known.items() if any(v.labels for v in videos)]
-    absent = [name for name in chosen if name not in known]
-    obstacles = [f"the annotations have no subset {s!r}, only {sorted(known)}" for s in absent]
-    obstacles += missing_sources(sources)
+    obstacles = list(missing_sources(sources, chosen, known))
     checks = [SubsetCheck(name, known[name], sources) for name in chosen if name in known]
     for subset in checks:
         subset.check(workers, log)
         obstacles += subset.obstacles(log)
     problems = [problem for subset in checks for problem in subset.problems]
-    labels = sorted({label for subset in checks for label in subset.classes})
-    for subset in checks:
-        lacking = [label for label in labels if subset.classes and label not in subset.classes]
-        problems += [Problem(subset.name, "-", "label lacking", label) for label in lacking]
-    for source in sources.features:
-        problems += odd_channels(source, checks)
+    problems += compare_subsets(checks, sources)
     fatal = [f"training cannot start: {obstacle}" for obstacle in obstacles]
     left_out = set().union(*(subset.without_duration for subset in checks))
     read = FATAL.values() if sources.required is None else sources.required
@@ -244,8 +237,11 @@ def check(sources, workers=0, log=print):
     return problems, fatal
 
 
-def missing_sources(sources):
+def missing_sources(sources, chosen, known):
     """Yield what is required and not named, or named and not there."""
+    for subset in chosen:
+        if subset not in known:
+            yield f"the annotations have no subset {subset!r}, only {sorted(known)}"
     given = {"frames": [sources.frames] if sources.frames else [], "features": sources.features}
     for kind in given if sources.required is None else sources.required:
         if sources.required and not given[kind]:
@@ -255,15 +251,20 @@ def missing_sources(sources):
                 yield f"there are no {kind} at {path}: no such file or folder"
 
 
-def odd_channels(source, checks):
-    """Yield a Problem for each video whose features have another channel count than most."""
-    counts = Counter(channels for subset in checks for _, _, channels in subset.channels[source])
+def compare_subsets(checks, sources):
+    """Yield a Problem for each label that a subset lacks, and for features of unusual width."""
+    labels = sorted({label for subset in checks for label in subset.classes})
     for subset in checks:
-        for video, path, channels in subset.channels[source]:
-            usual = counts.most_common(1)[0][0]
-            if channels != usual:
-                detail = f"{path} has {channels} channels, most have {usual}"
-                yield Problem(subset.name, video, "other channel count", detail)
+        for label in labels:
+            if subset.classes and label not in subset.classes:
+                yield Problem(subset.name, "-", "label lacking", label)
+    for source in sources.features:
+        rows = [(subset.name, *row) for subset in checks for row in subset.channels[source]]
+        usual = Counter(channels for *_, channels in rows).most_common(1)
+        for subset, video, path, channels in rows:
+            if channels != usual[0][0]:
+                detail = f"{path} has {channels} channels, most have {usual[0][0]}"
+                yield Problem(subset, video, "other channel count", detail)
 
 
 def write_problems(problems, path):
@@ -284,10 +285,10 @@ def find_sources(args):
         return Sources(*given)
     cfg = config.load_config(args.cfg, args.set)
     stages = set(cfg.stages)
-    settings = {"frames": cfg.video.frames_per_snippet, "stride": cfg.video.stride}
-    settings |= {"rate": cfg.video.rate}
-    if not cfg.video.rate:
-        settings["snippets"] = cfg.video.snippets
+    video = cfg.video
+    settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
+    if not video.rate:
+        settings["snippets"] = video.snippets
     features = data.as_list(cfg.data.features or [])
     if not features and {"sola", "head", "detect"} & stages and "features" not in stages:
         features = [RunFolder(cfg.out).features]

@@ -5,6 +5,7 @@ import signal
 from contextlib import suppress
 from multiprocessing.connection import Pipe, wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.resource_tracker import ensure_running
 
 import torch
 from tqdm import tqdm
@@ -70,10 +71,12 @@ class Worker:
     def __init__(self, function):
         self.pipe, far_end = Pipe()
         self.process = SpawnProcess(target=_serve, args=(function, far_end), daemon=True)
-        # Ctrl-C reaches the whole process group: workers inherit that it is ignored.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C reaches the whole process group: workers inherit that it is blocked. The start of
+        # multiprocessing's tracker would unblock it.
+        ensure_running()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self.process.start()
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         far_end.close()
 
 

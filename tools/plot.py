@@ -30,7 +30,7 @@ import numpy as np
 
 from checkpoint import RunFolder, load_json, write_atomic
 from config import INPUT_ERRORS, STAGES
-from data import load_annotations
+from data import first_names, load_annotations
 from media import InputError, find_media, open_media, spellings
 from pretrain import METHODS
 from tools.compare_runs import compare
@@ -46,14 +46,17 @@ COLOURS = (
 )
 # Behind the epochs of a fidelity.
 BANDS = {"full": "#f3f3f3", "S": "#d6e8f5", "T": "#fbe3cf", "ST": "#dcefd9"}
+# Each has a panel of its own.
 MEASURES = {
+    "lr": "learning rate",
     "accuracy": "top-1 accuracy (%)",
     "gradient_norm": "gradient norm",
     "gate": "gate tanh(alpha)",
     "spread": "spread of features",
 }
-NOT_LOSSES = {"epoch", "fidelity", "lr", "seconds", "videos_per_sec", "peak_memory_gb"}
+NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "peak_memory_gb"}
 
+DPI = 150
 # A timeline in inches.
 WIDTH, MARGIN, HEAD, FOOT = 10.0, 0.2, 0.62, 0.52
 LANE, LINE, ROW_GAP = 0.22, 0.145, 0.14
@@ -71,6 +74,8 @@ def _style():
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), DARK)
     style |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6)
     style |= {"axes.edgecolor": MID, "font.size": 8, "text.parse_math": False}
+    style |= {"axes.axisbelow": True, "axes.titlelocation": "left", "axes.titlesize": 9}
+    style |= {"grid.color": PALE, "grid.linewidth": 0.6, "legend.frameon": False}
     with matplotlib.rc_context(style):
         yield
 
@@ -80,7 +85,7 @@ def _figure(width, height, **options):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", **options)
+    figure = Figure(figsize=(width, height), dpi=DPI, **options)
     FigureCanvasAgg(figure)
     return figure
 
@@ -93,29 +98,25 @@ def save(figure, path):
     ours = os.path.isfile(path) and SOFTWARE.encode() in Path(path).read_bytes()[:512]
     if os.path.exists(path) and not ours:
         raise InputError(f"{path} exists and is not a picture of this program; remove it first")
-    options = {"format": "png", "facecolor": "white", "metadata": {"Software": SOFTWARE}}
-    write_atomic(path, lambda file: figure.savefig(file, **options))
+    write_atomic(path, lambda file: figure.savefig(file, metadata={"Software": SOFTWARE}))
 
 
-def _text_width(figure, text, **font):
+def _text_width(text, **font):
     """Return the width of a line of text in inches."""
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
-    renderer = figure.canvas.get_renderer()
-    size = renderer.get_text_width_height_descent(text, FontProperties(**font), ismath=False)
-    return size[0] / figure.dpi
+    font = FontProperties(**font)
+    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
 
 
-def _fit(figure, text, width, **font):
+def _fit(text, width, **font):
     """Return `text`, with its middle left out if it is wider than `width` inches."""
     shortened, keep = text, len(text)
-    while keep > 2 and _text_width(figure, shortened, **font) > width:
+    while keep > 2 and _text_width(shortened, **font) > width:
         keep -= 1
         shortened = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
     return shortened
-
-
-# ---------------------------------------------------------------------------------------- timeline
 
 
 def format_time(seconds, longest):
@@ -134,13 +135,6 @@ def tick_times(duration, most=10):
     steps += [10, 15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 18000, 36000]
     step = next((step for step in steps if duration / step <= most), duration / most)
     return [i * step for i in range(int(duration / step + 1e-9) + 1)]
-
-
-def format_score(score):
-    """Write a score with two decimals, or three if it is small."""
-    if score < 0.001:
-        return "<0.001"
-    return f"{score:.2f}" if score >= 0.01 else f"{score:.3f}"
 
 
 def assign_lanes(intervals):
@@ -198,23 +192,23 @@ def _rows(shown, truth, duration):
         start, end = (min(max(time / duration, 0), 1) for time in entry["segment"])
         bar = Bar(start, end)
         if not is_truth:
-            bar.text = format_score(entry["score"])
+            score = entry["score"]
+            bar.text = f"{score:.{2 if score >= 0.01 else 3}f}" if score >= 0.001 else "<0.001"
             # Relative to the best, but nothing of a score near 0 looks sure.
-            bar.strength = 0.15 + 0.85 * entry["score"] / max(shown[0]["score"], 0.1)
+            bar.strength = 0.15 + 0.85 * score / max(shown[0]["score"], 0.1)
         row.bars.append(bar)
     return list(rows.values())
 
 
 def _place(rows, inner):
     """Place bars and texts on an axis `inner` inches wide; return the height of all rows."""
-    probe = _figure(1, 1)
     y = 0.0
     for row in rows:
         occupied = []
         for bar in row.bars:
             bar.end = max(bar.end, bar.start + 0.02 / inner)
             low, high = bar.start, bar.end
-            space = (_text_width(probe, bar.text) + 0.08) / inner
+            space = (_text_width(bar.text) + 0.08) / inner
             if space <= high - low:
                 bar.align = "center"
             elif high + space <= 1:
@@ -234,27 +228,18 @@ def _place(rows, inner):
 
 
 def _draw_title(figure, text, top, colour, **font):
-    text = _fit(figure, text, WIDTH - 2 * MARGIN, **font)
+    text = _fit(text, WIDTH - 2 * MARGIN, **font)
     y = 1 - top / figure.get_figheight()
     figure.text(MARGIN / WIDTH, y, text, va="top", color=colour, **font)
 
 
-def _draw_strip(axes, strip):
-    for i, frame in enumerate(strip):
-        axes.imshow(frame, extent=(i, i + 0.985, 0, 1), aspect="auto")
-    axes.set(xlim=(0, len(strip) - 0.015), ylim=(0, 1))
-    axes.set_axis_off()
-
-
 def _draw_time_axis(axes, height, duration):
-    axes.set(gid="timeline", xlim=(0, 1), ylim=(height, 0), yticks=[])
+    unit = "s" if duration < 120 else "min:s" if duration < 3600 else "h:min:s"
+    axes.set(gid="timeline", xlim=(0, 1), ylim=(height, 0), yticks=[], xlabel=f"time ({unit})")
     ticks = tick_times(duration)
     labels = [format_time(round(time, 6), duration) for time in ticks]
     axes.set_xticks([time / duration for time in ticks], labels)
-    unit = "s" if duration < 120 else "min:s" if duration < 3600 else "h:min:s"
-    axes.set_xlabel(f"time ({unit})")
-    axes.grid(axis="x", color=PALE, linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -288,26 +273,24 @@ def _draw_row(axes, row, inner):
 
 @_style()
 def draw_timeline(detections, *, name, duration=None, truth=(), media=None, top=10, source=None):
-    """Return the figure of a video: its best `top` detections, a row a class, under a strip of
-    frames and the ground truth.
+    """Return the figure of a video: frames of `media` (see `thumbnails`), ground truth, and the
+    best `top` detections, a row a class.
 
     detections, truth: [{"label", "score", "segment": [start_sec, end_sec]}], truth without scores.
-    duration: seconds; None: that of `media`, else the latest end. media: see `thumbnails`. source:
-    who made the classes.
+    duration: seconds; None: that of `media`, else the latest end. source: who made the classes.
     """
     shown = sorted(detections, key=lambda d: -d["score"])[:top]
-    latest_end = max([entry["segment"][1] for entry in [*truth, *detections]], default=0)
+    latest_end = max((entry["segment"][1] for entry in [*truth, *detections]), default=0)
     duration = duration or (media and media.duration) or latest_end or 1.0
 
     # The names of the rows decide the scale, the scale which bars collide, these the height.
     rows = _rows(shown, truth, duration)
-    probe = _figure(1, 1)
-    line_widths = [_text_width(probe, line) for line in chain.from_iterable(r.lines for r in rows)]
+    line_widths = map(_text_width, chain.from_iterable(row.lines for row in rows))
     left = MARGIN + max([0.6, *line_widths]) + 0.1
     inner = WIDTH - left - MARGIN - 0.15
     rows_height = _place(rows, inner)
-    strip = None if media is None else thumbnails(media, inner)
-    strip_height = 0 if strip is None else inner / len(strip) * strip.shape[1] / strip.shape[2]
+    strip = thumbnails(media, inner) if media else None
+    strip_height = inner / len(strip) * strip.shape[1] / strip.shape[2] if media else 0
     height = HEAD + strip_height + 0.06 + rows_height + FOOT
     figure = _figure(WIDTH, height)
 
@@ -319,21 +302,21 @@ def draw_timeline(detections, *, name, duration=None, truth=(), media=None, top=
     _draw_title(figure, name, 0.13, DARK, size=11, weight="bold")
     _draw_title(figure, subtitle, 0.36, MID)
 
-    def add_axes(bottom, high):
-        return figure.add_axes((left / WIDTH, bottom / height, inner / WIDTH, high / height))
-
-    if strip is not None:
-        _draw_strip(add_axes(FOOT + rows_height + 0.06, strip_height), strip)
-    axes = add_axes(FOOT, rows_height)
+    x, width = left / WIDTH, inner / WIDTH
+    if media:
+        y = (FOOT + rows_height + 0.06) / height
+        axes = figure.add_axes((x, y, width, strip_height / height))
+        for i, frame in enumerate(strip):
+            axes.imshow(frame, extent=(i, i + 0.985, 0, 1), aspect="auto")
+        axes.set(xlim=(0, len(strip) - 0.015), ylim=(0, 1))
+        axes.set_axis_off()
+    axes = figure.add_axes((x, FOOT / height, width, rows_height / height))
     _draw_time_axis(axes, rows_height, duration)
     for row in rows:
         _draw_row(axes, row, inner)
     if not rows:
         axes.text(0.5, rows_height / 2, "no detections", ha="center", va="center", color=MID)
     return figure
-
-
-# ------------------------------------------------------------------------------ the other pictures
 
 
 @_style()
@@ -353,15 +336,14 @@ def draw_map(rows):
         spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
         label = f"{row['name']}: {100 * row['average']:.2f}{spread} %"
         label += "" if all_equal else f", {notes[i]}"
-        line = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6}
-        marker = {"marker": "osD^vPX*"[i % 8], "markersize": 4.5}
-        axes.plot(*zip(*points, strict=True), label=label, **line, **marker)
+        line = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "markersize": 4.5}
+        axes.plot(*zip(*points, strict=True), label=label, marker="osD^vPX*"[i % 8], **line)
     axes.set(xlabel="tIoU threshold", ylabel="mAP (%)", ylim=(0, max(1.0, axes.get_ylim()[1])))
     axes.set_xticks(sorted({float(t) for row in rows for t in row["mAP"]}))
-    axes.grid(color=PALE, linewidth=0.6)
+    axes.grid()
     axes.spines[["top", "right"]].set_visible(False)
     title = f"average mAP, {notes[0]}" if all_equal else "average mAP"
-    figure.legend(loc="outside lower left", frameon=False, title=title, alignment="left")
+    figure.legend(loc="outside lower left", title=title, alignment="left")
     return figure
 
 
@@ -384,10 +366,9 @@ def read_metrics(run):
 
 def _panels(records):
     """Return the keys of each panel of a stage: losses, the learning rate, then single measures."""
-    keys = dict.fromkeys(chain.from_iterable(records))
-    numbers = [key for key in keys if key not in NOT_LOSSES]
-    losses = [key for key in numbers if key not in MEASURES]
-    return [losses, ["lr"], *([key] for key in numbers if key in MEASURES)]
+    keys = dict.fromkeys(chain(["lr"], *records))
+    losses = [key for key in keys if key not in NOT_DRAWN | MEASURES.keys()]
+    return [losses, *([key] for key in keys if key in MEASURES)]
 
 
 def _draw_curves(axes, records, keys, is_losses):
@@ -415,8 +396,7 @@ def _draw_curves(axes, records, keys, is_losses):
 
 def _draw_bands(axes, records, fidelities):
     """Tell epochs of several fidelities apart."""
-    axes.grid(axis="y", color="white" if len(fidelities) > 1 else PALE, linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="white" if len(fidelities) > 1 else PALE)
     for fidelity in fidelities if len(fidelities) > 1 else ():
         epochs = [r["epoch"] for r in records if r.get("fidelity") == fidelity]
         bands = {"transform": axes.get_xaxis_transform(), "color": BANDS.get(fidelity, PALE)}
@@ -429,11 +409,9 @@ def draw_losses(stages, name):
     """Return losses, the learning rate and measures by epoch, a row a stage of `read_metrics`."""
     panels = {stage: _panels(records) for stage, records in stages.items()}
     columns = max(map(len, panels.values()))
-    size = (3.4 + 2.7 * (columns - 1), 0.4 + 2.5 * len(panels))
-    figure = _figure(*size, layout="constrained")
+    figure = _figure(3.4 + 2.7 * (columns - 1), 0.4 + 2.5 * len(panels), layout="constrained")
     figure.suptitle(name, x=0.01, ha="left", weight="bold", size=11)
     grid = figure.add_gridspec(len(panels), columns, width_ratios=[1.25] + [1] * (columns - 1))
-    legend = {"frameon": False, "handlelength": 1.2, "borderaxespad": 0}
     for row, (stage, records) in enumerate(stages.items()):
         fidelities = list(dict.fromkeys(r["fidelity"] for r in records if r.get("fidelity")))
         for column, keys in enumerate(panels[stage]):
@@ -443,12 +421,12 @@ def draw_losses(stages, name):
             _draw_bands(axes, records, fidelities)
             axes.set_xlabel("epoch" if row == len(panels) - 1 else "")
             if column:
-                axes.set_title(MEASURES.get(keys[0], "learning rate"), loc="left", size=9)
+                axes.set_title(MEASURES[keys[0]])
                 continue
             fidelity = f" (fidelity: {fidelities[0]})" if len(fidelities) == 1 else ""
-            axes.set_title(stage + fidelity, loc="left", size=9, weight="bold")
+            axes.set_title(stage + fidelity, weight="bold")
             axes.set_ylabel("loss and its terms" if len(keys) > 1 else "loss")
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), **legend)
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), handlelength=1.2, borderaxespad=0)
     return figure
 
 
@@ -481,35 +459,27 @@ def draw_similarity(names, before_sola, after_sola, truth=None):
                 axes.plot(segment, [-0.025 * L] * 2, **marks)
                 axes.plot([-0.025 * L] * 2, segment, **marks)
             axes.set(xlim=(0, L), ylim=(L, 0), xlabel="snippet")
-            title = _fit(figure, title if k else f"{name}: {title}", 2.0, size=9)
-            axes.set_title(title, loc="left", size=9, pad=6 if truth is None else 11)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.get_major_locator().set_params(integer=True, nbins=5)
+            title = _fit(title if k else f"{name}: {title}", 2.0, size=9)
+            axes.set_title(title, pad=6 if truth is None else 11)
+            axes.locator_params(integer=True, nbins=5)
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=30, pad=0.02)
     bar.set_label("cosine similarity" + ("" if truth is None else "; orange: action"))
     return figure
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 def read_truth(path):
-    """Return {name, with and without v_: {"duration": seconds or None, "truth": [{"label",
-    "segment"}]}} of an ActivityNet JSON; {} without a path."""
+    """Return {name, with and without v_: data.Video} of an ActivityNet JSON; {} without a path."""
     table = {}
     for video in chain.from_iterable(load_annotations(path).values()) if path else ():
-        segments = zip(video.labels, video.segments.tolist(), strict=True)
-        truth = [{"label": label, "segment": segment} for label, segment in segments]
-        duration = None if math.isnan(video.duration) else video.duration
-        table |= {key: {"duration": duration, "truth": truth} for key in spellings(video.name)}
+        table |= dict.fromkeys(spellings(video.name), video)
     return table
 
 
 def _check_names(videos, available, path):
-    missing = [video for video in videos if video not in available]
-    if missing:
-        some = ", ".join(list(available)[:3])
-        raise InputError(f"{path}: no video {missing[0]!r}; it has {len(available)}: {some} ...")
+    for video in videos:
+        if video not in available:
+            some = first_names(list(available), 3)
+            raise InputError(f"{path}: no video {video!r}; it has {len(available)}: {some}")
 
 
 def _read_result(path):
@@ -523,7 +493,7 @@ def _read_result(path):
     return results, result.get("external_data") or {}
 
 
-def timelines(run, videos=None, *, gt=None, frames=None, top=10, out=None, log=print):
+def timelines(run, videos=None, gt=None, frames=None, top=10, out=None, log=print):
     """Draw a timeline for each of `videos` (names; None: the first ten) of RUN/result.json."""
     path = RunFolder(run).result
     results, external = _read_result(path)
@@ -535,23 +505,26 @@ def timelines(run, videos=None, *, gt=None, frames=None, top=10, out=None, log=p
     _check_names(videos, results, path)
     # localize.py notes where a video lies and how long it is.
     known = external.get("videos", {})
-    media_paths = {video: about["path"] for video, about in known.items()}
-    if frames:
-        media_paths = find_media(frames, videos)
+    noted = {video: about["path"] for video, about in known.items()}
+    media_paths = find_media(frames, videos) if frames else noted
     for video in videos:
         media_path = media_paths.get(video)
-        about = truth.get(video) or truth.get(Path(media_path or video).stem)
+        annotated = truth.get(video) or truth.get(Path(media_path or video).stem)
         if frames and not media_path:
             log(f"{video}: no frames in {frames}, drawn without a strip")
-        if gt and not about:
+        if gt and not annotated:
             log(f"{video}: not in {gt}, drawn without ground truth")
         name = video.replace(os.sep, "_")
         picture = f"{out}/{name}.png" if out else f"{run}/pictures/timeline_{name}.png"
-        about = {"name": video, "source": external.get("class_source"), **(about or {})}
-        about["duration"] = known.get(video, {}).get("duration") or about.get("duration")
+        options = {"name": video, "source": external.get("class_source"), "top": top}
+        options["duration"] = known.get(video, {}).get("duration")
+        if annotated:
+            segments = zip(annotated.labels, annotated.segments.tolist(), strict=True)
+            options["truth"] = [{"label": label, "segment": segment} for label, segment in segments]
+            options["duration"] = options["duration"] or np.nan_to_num(annotated.duration)
         if media_path and os.path.exists(media_path):
-            about["media"] = open_media(media_path)
-        save(draw_timeline(results[video], top=top, **about), picture)
+            options["media"] = open_media(media_path)
+        save(draw_timeline(results[video], **options), picture)
         log(picture)
 
 
@@ -565,11 +538,10 @@ def similarity(run, videos=None, gt=None):
     videos = videos or names[:4]
     _check_names(videos, names, path)
     truth = read_truth(gt)
-    segments = [np.zeros((0, 2))] * len(videos)
+    segments = [[]] * len(videos)
     for v, annotated in enumerate(map(truth.get, videos)):
-        if annotated and annotated["duration"]:
-            actions = np.array([entry["segment"] for entry in annotated["truth"]]).reshape(-1, 2)
-            segments[v] = np.clip(actions / annotated["duration"], 0, 1)
+        if annotated:
+            segments[v] = np.clip(annotated.segments / annotated.duration, 0, 1)
     rows = [names.index(video) for video in videos]
     return draw_similarity(videos, raw[rows], sola[rows], segments if gt else None)
 
@@ -596,14 +568,13 @@ def main(argv=None):
         parser.error(f"--top {args.top}: expected at least 1")
     try:
         if args.picture == "timeline":
-            options = {"gt": args.gt, "frames": args.frames, "top": args.top, "out": args.out}
-            timelines(args.run, args.video, **options)
-            return
+            return timelines(args.run, args.video, args.gt, args.frames, args.top, args.out)
         if args.picture == "map":
             figure = draw_map(compare(args.run))
         elif args.picture == "losses":
-            run_name = os.path.basename(os.path.abspath(args.run))
-            figure = draw_losses(read_metrics(args.run), run_name)
+            figure = draw_losses(
+                read_metrics(args.run), os.path.basename(os.path.abspath(args.run))
+            )
         else:
             figure = similarity(args.run, args.video, args.gt)
         out = args.out or f"{args.run}/pictures/{args.picture}.png"

@@ -35,6 +35,14 @@ def moving_average(features, taps=5):
     return F.avg_pool1d(features, taps, 1, taps // 2, count_include_pad=False)
 
 
+# What is probed of a SoLa module and features (B, C, L).
+VARIANTS = {
+    "before": SoLa.standardized,
+    "moving_average": lambda sola, x: moving_average(sola.standardized(x)),
+    "after": SoLa.__call__,
+}
+
+
 def snippet_labels(segments, snippets):
     """Tell whether each snippet's centre (i + 0.5) / L is in one of (N, 2) segments: (L,) bool."""
     centre = (torch.arange(snippets) + 0.5) / snippets
@@ -46,50 +54,45 @@ def auc(scores, labels):
     labels = labels.bool()
     positives = scores[labels]
     negatives = scores[~labels].sort().values
-    if not len(positives) or not len(negatives):
-        return float("nan")
     below = torch.searchsorted(negatives, positives)
     not_above = torch.searchsorted(negatives, positives, right=True)
     return ((below + not_above).double().mean() / (2 * len(negatives))).item()
 
 
-def fit_probe(features, labels, *, weight_decay=1e-3, iterations=200):
-    """Fit a logistic regression to features (N, C) and labels (N,) bool.
+def fit_probe(features, labels):
+    """Fit a logistic regression to features (N, C), standardized, and labels (N,) bool.
 
-    On features standardized by those given: full batch, L2 penalty weight_decay / 2 |w|^2, LBFGS to
-    convergence, nothing random. Returns the function (M, C) -> logits (M,).
+    L2 penalty 1e-3 / 2 |w|^2, LBFGS to convergence, nothing random. Returns the function (M, C) ->
+    logits (M,).
     """
     mean = features.mean(0)
     std = features.std(0)
     std = std.clamp(min=float(1e-3 * std.max() + 1e-12))  # a constant channel says nothing
     x = (features - mean) / std
     y = labels.to(features)
-    weight = torch.zeros(x.shape[1]).to(x).requires_grad_()
-    bias = torch.zeros(()).to(x).requires_grad_()
+    weight = x.new_zeros(x.shape[1], requires_grad=True)
+    bias = x.new_zeros((), requires_grad=True)
     options = {"history_size": 20, "tolerance_grad": 1e-6, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, **options)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, **options)
 
     def closure():
         optimizer.zero_grad()
         entropy = F.binary_cross_entropy_with_logits(x @ weight + bias, y)
-        loss = entropy + weight_decay / 2 * weight.square().sum()
+        loss = entropy + 1e-3 / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    weight.requires_grad_(False)
-    bias.requires_grad_(False)
-    return lambda features: (features - mean) / std @ weight + bias
+    return lambda features: (features - mean) / std @ weight.detach() + bias.detach()
 
 
-def linear_probe(features, labels, held_out, held_out_labels, **options):
-    """Return how linearly an action can be told from background in held-out snippets.
+def linear_probe(features, labels, held_out, held_out_labels):
+    """Return how linearly action can be told from background in held-out snippets, in [0, 1].
 
-    features (N, C) and labels (N,) bool train a probe (`fit_probe`, with its options); held_out
-    (M, C) with held_out_labels (M,) come from other videos. Returns accuracy, AUC, and as
-    "background" what calling each held-out snippet background would reach, in [0, 1].
+    features (N, C) and labels (N,) bool train the probe, held_out (M, C) and its labels (M,) test
+    it. "background" is the accuracy of calling each held-out snippet background.
     """
-    logits = fit_probe(features, labels, **options)(held_out)
+    logits = fit_probe(features, labels)(held_out)
     truth = held_out_labels.bool()
     return {
         "accuracy": ((logits > 0) == truth).double().mean().item(),
@@ -114,23 +117,16 @@ def probe(sola, train, held_out, device, max_videos=500):
     labels = {}
     for split, dataset in (("fitted_on", train), ("held_out", held_out)):
         picked = evenly(dataset, max_videos)
-        samples[split] = [dataset.features(i) for i in picked]
-        actions = [dataset.videos[i].actions[0] for i in picked]
-        parts = [
-            snippet_labels(a, x.shape[1]) for a, x in zip(actions, samples[split], strict=True)
-        ]
+        samples[split] = [dataset.features(i)[None] for i in picked]
+        pairs = zip(picked, samples[split], strict=True)
+        parts = [snippet_labels(dataset.videos[i].actions[0], x.shape[2]) for i, x in pairs]
         labels[split] = torch.cat(parts).to(device)
         record[split] = {"videos": len(picked), "snippets": len(labels[split])}
-    variants = {
-        "before": sola.standardized,
-        "moving_average": lambda x: moving_average(sola.standardized(x)),
-        "after": sola,
-    }
-    for name, variant in variants.items():
+    for name, variant in VARIANTS.items():
         rows = {}  # (snippets of all videos, C)
         for split, features in samples.items():
             with torch.no_grad():
-                rows[split] = torch.cat([variant(x[None].to(device))[0].t() for x in features])
+                rows[split] = torch.cat([variant(sola, x.to(device))[0].t() for x in features])
         fitted_on = (rows["fitted_on"], labels["fitted_on"])
         record[name] = linear_probe(*fitted_on, rows["held_out"], labels["held_out"])
         record[name]["spread"] = spread(rows["held_out"].t()[None]).item()
@@ -151,7 +147,7 @@ def similarity_maps(sola, dataset, snippets, device, max_videos=6):
         x = dataset.features(i)[None].to(device)
         for key, value in (("raw", sola.standardized(x)), ("sola", sola(x))):
             # As the head gets them.
-            value = F.interpolate(value, snippets, mode="linear", align_corners=False)
+            value = F.interpolate(value, snippets, mode="linear")
             maps[key].append(similarity_map(value)[0].cpu().numpy())
         maps["names"].append(dataset.videos[i].name)
     return {key: np.array(value) for key, value in maps.items()}
@@ -163,8 +159,7 @@ def run(folder, max_videos, max_maps):
     paths = RunFolder(folder)
     if not os.path.isfile(paths.sola):
         raise InputError(f"no file {paths.sola}: run stage sola first")
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
     sola = SoLa.load(paths.sola).to(device)
     source = cfg.data.features or paths.features
     train = FeatureDataset(load_videos(cfg, "train", source, "features"), source)
@@ -180,18 +175,16 @@ def run(folder, max_videos, max_maps):
     target = f"{folder}/sola/probe.json"
     save_json(record, target)
     print(f"linear probe, action or background, on {record['held_out']['videos']} videos: {target}")
-    for name in ("before", "moving_average", "after"):
+    for name in VARIANTS:
         accuracy = 100 * record[name]["accuracy"]
         print(f"{name:14} accuracy {accuracy:5.1f} %   AUC {record[name]['auc']:.3f}")
 
 
 def main(argv=None):
     """Run the program of this file's first lines."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.probe_sola",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    prog = "python -m tools.probe_sola"
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=formatter)
     parser.add_argument("run", metavar="RUN", help="run folder with a finished stage sola")
     parser.add_argument("--videos", type=int, default=500, help="most videos of each split")
     parser.add_argument("--maps", type=int, default=6, help="most self-similarity maps")
