@@ -179,7 +179,8 @@ def build_alignment(entries, shape: tuple, cells: Tensor, device, dtype) -> Alig
 
     def compress(row, column, num_rows):
         order = row.int().argsort(stable=True)
-        offsets = torch.searchsorted(row[order], torch.arange(num_rows)).int()
+        count = torch.bincount(row, minlength=num_rows)
+        offsets = (count.cumsum(0) - count).int()
         values = value[order].to(torch.promote_types(dtype, torch.float32))
         parts = column[order].int(), offsets, values
         return tuple(part.to(device) for part in parts)

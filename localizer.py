@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -24,6 +25,7 @@ import data
 import evaluate
 import gtad
 import tsm
+from media import InputError
 from video_encoders import VideoEncoder
 
 HEADS = {"gtad": gtad.GTAD, "bmn": bmn.BMN}
@@ -102,6 +104,33 @@ class Distributed:
         if self.world_size > 1:
             dist.all_gather_object(parts, x)
         return parts
+
+
+def fresh_group(timeout_sec=600):
+    """Return store, rank and world size of torchrun's group: the part of its store that the
+    processes of this very start share.
+
+    torchrun's restart counts do not tell: nodes count differently. So the main process makes up a
+    word, and the others ask for it under words of their own: an answer to a dead process is lost.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    word = uuid.uuid4().hex
+    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_sec
+    if rank:
+        store.set(f"asks/{rank}", word)
+        word = store.get(f"answer/{word}").decode()
+        store.set(f"heard/{word}/{rank}", "")
+        missing = set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):  # perhaps a dead one's: then it is asked anew
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", word)
+            if store.check([f"heard/{word}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise InputError(f"processes {sorted(missing)} of {world_size} have not joined in time")
+        time.sleep(0.01)
+    return {"store": dist.PrefixStore(word, store), "rank": rank, "world_size": world_size}
 
 
 class Localizer(nn.Module):

@@ -34,18 +34,17 @@ from localizer import Distributed, Localizer, build_encoder, localization_step
 
 def setup_distributed(cfg):
     """Join torchrun's process group if it started this process, else run alone."""
-    use_cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cpu")
-    if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device, backend = torch.device("cpu"), "gloo"
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Distributed(0, 1, device, cfg.precision)
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo",
-        timeout=timedelta(hours=1),  # one process may encode an hour longer than another
-        device_id=device if use_cuda else None,
-    )
+    # After a restart torchrun's store still holds the addresses of dead processes.
+    group = localizer.fresh_group()
+    hour = timedelta(hours=1)  # so much longer one process may encode than another
+    device_id = device if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=hour, device_id=device_id, **group)
     return Distributed(dist.get_rank(), dist.get_world_size(), device, cfg.precision)
 
 

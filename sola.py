@@ -13,7 +13,6 @@ and stop-gradient against collapse. The predictor is thrown away; the module sta
 Legend: B videos, C channels, L snippets, n gathered snippets. Features are (B, C, L).
 """
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,21 +33,13 @@ class SoLa(nn.Module):
         if kernel % 2 == 0:
             raise ValueError(f"kernel {kernel}: expected an odd number, to keep snippets in place")
         self.sizes = {"channels": channels, "hidden": hidden, "kernel": kernel}
-        self.f = nn.Sequential(
-            nn.Conv1d(channels, hidden, kernel, padding=kernel // 2),
-            nn.ReLU(),
-            nn.Conv1d(hidden, hidden, 1),
-            nn.ReLU(),
-            nn.Conv1d(hidden, channels, 1),
-        )
+        first = nn.Conv1d(channels, hidden, kernel, padding=kernel // 2)
+        second = nn.Conv1d(hidden, hidden, 1)
+        third = nn.Conv1d(hidden, channels, 1)
+        self.f = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
         self.alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-
-    @property
-    def gate(self) -> Tensor:
-        """Return tanh(alpha), in (-1, 1): how much of f is in the output."""
-        return self.alpha.tanh()
 
     def standardized(self, x: Tensor) -> Tensor:
         """Return what the module changes, (B, C, L): x itself unless `mean` and `std` are set."""
@@ -60,17 +51,17 @@ class SoLa(nn.Module):
         """Map (B, C, L) to (B, C, L), or to its n snippets `positions` at n / L of the cost."""
         x = self.standardized(x)
         if positions is None:
-            return x + self.gate * self.f(x)
-        # What the first convolution sees of each position, in snippets of the padded sequence.
+            return x + self.alpha.tanh() * self.f(x)
+        # The first convolution runs on the windows of these positions, side by side.
+        first = self.f[0]
         kernel = self.sizes["kernel"]
-        positions = torch.as_tensor(positions, device=x.device)
-        windows = positions[:, None] + torch.arange(kernel, device=x.device)
-        h = F.pad(x, (kernel // 2, kernel // 2))[:, :, windows.flatten()]  # (B, C, n * kernel)
-        h = F.conv1d(h, self.f[0].weight, self.f[0].bias, stride=kernel)
-        return x[:, :, positions] + self.gate * self.f[1:](h)
+        padded = F.pad(x, (kernel // 2, kernel // 2))
+        h = padded.unfold(2, kernel, 1)[:, :, positions].flatten(2)  # (B, C, n * kernel)
+        h = F.conv1d(h, first.weight, first.bias, stride=kernel)
+        return x[:, :, positions] + self.alpha.tanh() * self.f[1:](h)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "SoLa":
+    def load(cls, path: str) -> "SoLa":
         """Load {"model": state dict, "channels", "hidden", "kernel", ...}, ready for use."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         module = cls(saved["channels"], saved["hidden"], saved["kernel"])
@@ -94,16 +85,15 @@ def similarity_target(n: int, coefficient: float = 16.0) -> Tensor:
     return torch.sigmoid(coefficient / (i[:, None] - i).square()).float()  # 1 / 0 is inf
 
 
-def similarity_matching_loss(
-    features: Tensor, predictor: Callable[[Tensor], Tensor], target: Tensor, eps: float = 1e-6
-) -> Tensor:
+def similarity_matching_loss(features: Tensor, predictor: Callable, target: Tensor) -> Tensor:
     """Return the mean binary cross-entropy between predicted similarities and `target`.
 
     features (B, C, n), gathered module output; predictor: (B, n, C) -> (B, n, C); target (n, n) in
     [0, 1]. The predicted similarity of i and j is (1 + cos(z_i, predictor(z_j))) / 2, where z_i is
-    a constant (stop-gradient): only predictor(z_j) carries gradient. It is kept `eps` away from 0
+    a constant (stop-gradient): only predictor(z_j) carries gradient. It is kept 1e-6 away from 0
     and 1, and a zero vector has cosine 0 with everything, so that loss and gradient are finite.
     """
+    eps = 1e-6
     z = features.transpose(1, 2)  # (B, n, C)
     fixed = F.normalize(z.detach().float(), dim=2, eps=eps)
     predicted = F.normalize(predictor(z).float(), dim=2, eps=eps)
@@ -118,26 +108,22 @@ def similarity_floor(target: Tensor) -> Tensor:
     return (torch.special.entr(target) + torch.special.entr(1 - target)).mean()
 
 
-def sample_subsequences(
-    lengths: Sequence[int] | Tensor, length: int = 23, *, generator: torch.Generator | None = None
-) -> Tensor:
+def sample_subsequences(lengths, length: int = 23, *, generator=None) -> Tensor:
     """Draw the first snippet of a random subsequence of each video, uniform over all that fit.
 
     lengths: B numbers of snippets, at least `length`. Returns (B,) int64 in [0, lengths - length].
     """
     lengths = torch.as_tensor(lengths)
     if (lengths < length).any():
-        shortest = int(lengths.min())
-        raise ValueError(f"a video has {shortest} snippets, a subsequence {length}: leave it out")
+        raise ValueError(f"a video has {lengths.min()} snippets, a subsequence {length}")
     starts = torch.rand(len(lengths), generator=generator, dtype=torch.float64)
     return (starts * (lengths - length + 1)).long()
 
 
 def spread(features: Tensor) -> Tensor:
-    """Return how far apart the directions of all snippets of a batch (B, C, L) lie, in [0, 1].
+    """Return how far apart the directions of all snippets (B, C, L) lie, in [0, 1].
 
-    The root mean square distance of the unit vectors from their mean: 0 where training has
-    collapsed, 1 where the directions cancel out.
+    Root mean square distance of unit vectors from their mean: 0 is collapse, 1 cancelling out.
     """
     unit = F.normalize(features.float(), dim=1, eps=1e-6)
     return (unit - unit.mean((0, 2), keepdim=True)).square().sum(1).mean().sqrt()
@@ -146,9 +132,7 @@ def spread(features: Tensor) -> Tensor:
 class SimilarityMatching(nn.Module):
     """Put module and predictor behind one forward, for DDP."""
 
-    def __init__(
-        self, sola: SoLa, predictor: Predictor, positions: Sequence[int], coefficient: float = 16.0
-    ):
+    def __init__(self, sola: SoLa, predictor: Predictor, positions, coefficient: float = 16.0):
         super().__init__()
         self.sola = sola
         self.predictor = predictor
@@ -162,22 +146,15 @@ class SimilarityMatching(nn.Module):
         return similarity_matching_loss(z, self.predictor, self.target), z
 
 
-def similarity_step(
-    net: nn.Module, batch: dict, autocast: Callable, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """Run forward and backward of batch["features"] (B, C, length), subsequences.
+def similarity_step(net: nn.Module, batch: dict, autocast: Callable, generator=None) -> dict:
+    """Run forward, in the context autocast(), and backward of a SimilarityMatching or DDP of one.
 
-    net: a SimilarityMatching, or DDP around one. autocast() is the context of the forward pass.
-    generator: unused, as nothing is drawn here. Returns detached scalars: loss, its floor, spread
-    of the module's output, the module's gate.
+    batch["features"]: (B, C, length), subsequences. generator: unused, as nothing is drawn here.
+    Returns detached scalars: loss, its floor, spread of the module's output, gate tanh(alpha).
     """
     model = getattr(net, "module", net)
     with autocast():
         loss, z = net(batch["features"])
     loss.backward()
-    return {
-        "loss": loss.detach(),
-        "floor": similarity_floor(model.target),
-        "spread": spread(z.detach()),
-        "gate": model.sola.gate.detach(),
-    }
+    terms = {"loss": loss.detach(), "floor": similarity_floor(model.target)}
+    return terms | {"spread": spread(z.detach()), "gate": model.sola.alpha.detach().tanh()}

@@ -341,7 +341,7 @@ def sola_weights(out):
 
 def test_stage_sola_leaves_a_module_and_its_features(sola_run, files):
     module = SoLa.load(f"{sola_run}/sola/sola.pt")
-    assert module.sizes == {"channels": CHANNELS, "hidden": 8, "kernel": 5} and module.gate != 0
+    assert module.sizes == {"channels": CHANNELS, "hidden": 8, "kernel": 5} and module.alpha != 0
     raw = {name: np.load(f"{files}/raw/{name}.npy") for name in LENGTHS}
     for name, length in LENGTHS.items():  # short ones too: only training leaves them out
         made = torch.from_numpy(np.load(f"{sola_run}/sola/features/{name}.npy"))
