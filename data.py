@@ -22,7 +22,7 @@ import sys
 from dataclasses import KW_ONLY, astuple, dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b, sha256
-from itertools import compress
+from itertools import chain, compress
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ def _refuse_duplicates(pairs):
     items = dict(pairs)
     if len(items) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        raise ValueError(f"duplicate key {max(keys, key=keys.count)!r}")
     return items
 
 
@@ -140,7 +140,7 @@ def check_segments(subsets, train=None, val=None, needs_classes=False):
 
 
 def list_hash(names):
-    """Return a hash that tells one list of videos from another."""
+    """Return a hash of a list of videos, in any order."""
     return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
 
 
@@ -206,10 +206,9 @@ def select_videos(
     if kind == "frames" and settings:
         _compare_preparation(subset, videos, settings, log)
     total = sum(len(video.labels) for video in videos)
-    usable = sum(len(video.actions[1]) for video in videos)
-    if usable < total:
-        count = f"{total - usable} of {total} segments"
-        log(f"{subset}: {count} cannot be used; `python -m tools.check_data` lists all problems")
+    if lost := total - sum(len(video.actions[1]) for video in videos):
+        why = "cannot be used; `python -m tools.check_data` lists all problems"
+        log(f"{subset}: {lost} of {total} segments {why}")
     return videos
 
 
@@ -612,11 +611,11 @@ class FeatureDataset:
                 moments += x.sum(0), (x * x).sum(0)
                 video_means.append(x.mean(0))
             mean, mean_sq = moments / count
-            variance = np.maximum(mean_sq - mean**2, 0)
-            columns.append((mean, np.sqrt(variance), np.std(video_means, 0)))
-        mean, std, video_std = np.concatenate(columns, 1)
-        smallest = 1e-3 * std.max() + 1e-6
-        statistics = (mean, std.clip(smallest), video_std.clip(smallest))
+            std = np.sqrt((mean_sq - mean**2).clip(0))
+            columns.append((mean, std, np.std(video_means, 0)))
+        mean, *deviations = np.concatenate(columns, 1)
+        smallest = 1e-3 * deviations[0].max() + 1e-6
+        statistics = (mean, *(x.clip(smallest) for x in deviations))
         return tuple(torch.from_numpy(x).float() for x in statistics)
 
 
@@ -723,8 +722,8 @@ class WindowDataset:
         if not self.train:
             x = self.dataset.features(pair[0])
             windows, starts = cut_windows(x, self.length)
-            name, first = self.videos[pair[0]].name, torch.tensor(starts)
-            return {"name": name, "features": windows, "first": first, "snippets": x.shape[1]}
+            sample = {"name": self.videos[pair[0]].name, "features": windows}
+            return sample | {"first": torch.tensor(starts), "snippets": x.shape[1]}
         i, first = self.items[pair[0]]
         video = self.videos[i]
         actions = clip_to_window(*video.actions, self.counts[i], first, self.length)
@@ -778,8 +777,7 @@ class _Batches:
         try:
             batch = collate([self.dataset[pair] for pair in pairs])
             if get_worker_info() is not None:
-                values = [x for value in batch.values() for x in as_list(value)]
-                for x in filter(torch.is_tensor, values):
+                for x in filter(torch.is_tensor, chain(*map(as_list, batch.values()))):
                     x.share_memory_()
             return batch
         except InputError as error:
@@ -841,16 +839,13 @@ def stop_workers() -> None:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Return the batch with its tensors on the device."""
     tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
     return batch | tensors
 
 
 def iterate(dataset, fidelity, batch_size, *, rank=0, world_size=1, workers=0, device, title=None):
     """Yield the batches of a data set in order, on the device; each rank its share of the videos.
-
-    title: of a progress bar, shown by rank 0 in a terminal.
-    """
+    title: of a progress bar, shown by rank 0 in a terminal."""
     owners = getattr(dataset, "owners", range(len(dataset)))
     pairs = [(k, fidelity) for k, i in enumerate(owners) if i % world_size == rank]
     batches = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]

@@ -171,11 +171,10 @@ def build_alignment(entries, shape: tuple, cells: Tensor, device, dtype) -> Alig
     zeros pay as long as the matrix is small. A sparse one holds at least float32.
     """
     row, column, value = entries
-    cells = cells.to(device)
     if shape[0] * shape[1] <= (2**16 if device.type == "cpu" else 2**26):
         dense = torch.zeros(shape, dtype=value.dtype)
         dense.index_put_((row, column), value, accumulate=True)
-        return Alignment(cells, dense.to(device, dtype), None)
+        return Alignment(cells.to(device), dense.to(device, dtype), None)
 
     def compress(row, column, num_rows):
         order = row.int().argsort(stable=True)
@@ -186,7 +185,7 @@ def build_alignment(entries, shape: tuple, cells: Tensor, device, dtype) -> Alig
         return tuple(part.to(device) for part in parts)
 
     sparse = compress(row, column, shape[0]), compress(column, row, shape[1])
-    return Alignment(cells, None, sparse)
+    return Alignment(cells.to(device), None, sparse)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,4 +1,5 @@
-"""One thread everywhere: runs in this process and in those that tests start then round alike, and are compared bit for bit."""
+"""Run all tests on one thread: they and the processes they start then round alike, bit for bit."""
+
 import torch
 
 torch.set_num_threads(1)

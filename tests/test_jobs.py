@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 
+import checkpoint
 from tools import jobs
 
 
@@ -23,7 +24,7 @@ def test_a_process_that_dies_costs_its_own_job_only():
 def test_the_processes_end_with_the_loop():
     tasks = {"a": "__import__('os').getpid()", "b": "__import__('time').sleep(60)"}
     for name, pid, _ in jobs.run_jobs(eval, tasks, 2, "test"):
-        assert name == "a" and jobs.is_alive(pid)
+        assert name == "a" and checkpoint.is_alive(pid)
         break
     deadline = time.monotonic() + 10
     while _is_running(pid) and time.monotonic() < deadline:
@@ -43,5 +44,5 @@ def _is_running(pid):
 def test_a_process_is_alive_or_not():
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    assert jobs.is_alive(os.getpid()) and not jobs.is_alive(dead.pid)
+    assert checkpoint.is_alive(os.getpid()) and not checkpoint.is_alive(dead.pid)
     assert 1 <= jobs.available_cores() <= os.cpu_count()

@@ -48,10 +48,9 @@ Problem = namedtuple("Problem", "subset video kind detail")
 class Sources:
     """What to look through: paths, and what training needs of them.
 
-    subsets: None: all that have segments. features: folders or HDF5 files, side by side. settings:
-    what frames should be prepared for, as in a ZIP's video.json. required: those of "frames" and
-    "features" that training reads; None: a video needs one of them. train: the only subset that
-    needs segments; None: all do.
+    subsets: None: all that have segments. settings: what frames should be prepared for, as in a
+    ZIP's video.json. required: those of "frames" and "features" that training reads; None: a video
+    needs one of them. train: the only subset that needs segments; None: all do.
     """
 
     annotations: str
@@ -84,9 +83,7 @@ def segment_problems(video):
 
 def inspect_media(path):
     """Return duration, what is wrong, and the settings of preparation of a video, each or None.
-
-    Eleven frames are decoded, from the first to the last: reading accepts one broken in ten.
-    """
+    Eleven frames are decoded, from the first to the last: reading accepts one broken in ten."""
     try:
         source = media.open_media(path)
         count = source.num_frames
@@ -126,10 +123,10 @@ class SubsetCheck:
             self.check_frames(workers, log)
         self.check_features()
         self.check_what_is_missing()
-        seconds = sum(v.duration for v in self.videos if v.name not in self.without_duration)
+        hours = sum(v.duration for v in self.videos if not math.isnan(v.duration)) / 3600
         num_segments = sum(len(video.labels) for video in self.videos)
         summary = f"{self.name}: {len(self.names)} videos, {num_segments} segments, "
-        summary += f"{seconds / 3600:.2f} hours, {len(self.classes)} classes"
+        summary += f"{hours:.2f} hours, {len(self.classes)} classes"
         if self.sources.frames or self.sources.features:
             counts = [f"{len(names)} with {kind}" for kind, names in self.usable.items()]
             summary += f"; {', '.join(counts)}, {len(self.without_media)} with neither"
@@ -150,12 +147,11 @@ class SubsetCheck:
             elif wrong:
                 self.add(video.name, "video is damaged", wrong)
             if duration and abs(duration - video.duration) > 0.01 * video.duration:
-                there = f"{duration:.2f} s in {jobs[i]}"
-                annotated = f"{video.duration} s in the annotations"
-                self.add(video.name, "duration disagrees", f"{annotated}, {there}")
+                both = f"{video.duration} s in the annotations, {duration:.2f} s in {jobs[i]}"
+                self.add(video.name, "duration disagrees", both)
             if prepared and {key: prepared.get(key) for key in settings} != settings:
-                settings_there = f"for {prepared}, but the config has {settings}"
-                self.add(video.name, "frames prepared otherwise", settings_there)
+                both = f"for {prepared}, but the config has {settings}"
+                self.add(video.name, "frames prepared otherwise", both)
             if duration and math.isnan(video.duration):
                 self.videos[i] = replace(video, duration=duration)
 
@@ -164,14 +160,14 @@ class SubsetCheck:
         found = {source: data.find_features(source, self.names) for source in self.channels}
         shared = set.intersection(*map(set, found.values())) if found else set()
         self.usable["features"] = set(shared)
+        bar = {"desc": f"features {self.name}", "unit": "video", "leave": False, "disable": None}
         for source, paths in found.items():
-            title = f"features {self.name}"
-            for name in tqdm(sorted(shared), title, unit="video", leave=False, disable=None):
+            for name in tqdm(sorted(shared), **bar):
                 try:
                     x = data.read_features(paths[name])
                     data.check_finite(x, paths[name])
-                    path = data.shown_path(paths[name])
-                    self.channels[source].append((name, path, x.shape[1]))
+                    row = name, data.shown_path(paths[name]), x.shape[1]
+                    self.channels[source].append(row)
                 except InputError as error:
                     self.usable["features"].discard(name)
                     self.add(name, "features cannot be read", str(error))
@@ -188,10 +184,10 @@ class SubsetCheck:
         if sources.frames or sources.features:
             self.without_media = [name for name in self.names if name not in usable]
         for name in self.names:
-            if name in self.without_duration and name not in self.without_media:
+            if name not in self.without_media and name in self.without_duration:
                 where = "neither annotations nor frames or features tell: set data.durations"
                 self.add(name, "no duration", where)
-            if name in self.without_media and name not in unreadable:
+            elif name in self.without_media and name not in unreadable:
                 where = f"neither frames in {sources.frames} nor features in {sources.features}"
                 self.add(name, "media missing", where)
 
@@ -213,13 +209,10 @@ class SubsetCheck:
 
 def check(sources, workers=0, log=print):
     """Look through a data set; return ([Problem], [what keeps training from starting or ending]).
-
-    Logs one line a subset. workers: processes that open the frames; 0: this one.
-    """
+    Logs one line a subset. workers: processes that open the frames; 0: this one."""
     known = data.load_annotations(sources.annotations)
-    chosen = sources.subsets
-    if chosen is None:
-        chosen = [name for name, videos in known.items() if any(v.labels for v in videos)]
+    labelled = [name for name, videos in known.items() if any(v.labels for v in videos)]
+    chosen = labelled if sources.subsets is None else sources.subsets
     obstacles = list(missing_sources(sources, chosen, known))
     checks = [SubsetCheck(name, known[name], sources) for name in chosen if name in known]
     for subset in checks:
@@ -253,11 +246,10 @@ def missing_sources(sources, chosen, known):
 
 def compare_subsets(checks, sources):
     """Yield a Problem for each label that a subset lacks, and for features of unusual width."""
-    labels = sorted({label for subset in checks for label in subset.classes})
-    for subset in checks:
-        for label in labels:
-            if subset.classes and label not in subset.classes:
-                yield Problem(subset.name, "-", "label lacking", label)
+    labels = set().union(*(subset.classes for subset in checks))
+    for subset in [subset for subset in checks if subset.classes]:
+        for label in sorted(labels.difference(subset.classes)):
+            yield Problem(subset.name, "-", "label lacking", label)
     for source in sources.features:
         rows = [(subset.name, *row) for subset in checks for row in subset.channels[source]]
         usual = Counter(channels for *_, channels in rows).most_common(1)

@@ -19,15 +19,6 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def is_alive(pid):
-    """Return whether there is such a process on this machine."""
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
-
-
 def run_jobs(function, jobs, workers, title, unit="video"):
     """Call function(job) for {name: job} in `workers` processes (0: in this one).
 

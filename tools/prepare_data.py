@@ -21,10 +21,11 @@ from torchcodec.encoders import JpegEncoder
 from tqdm import tqdm
 
 import media
+from checkpoint import is_alive
 from config import one_line_errors
 from data import first_names, load_annotations
 from media import InputError
-from tools.jobs import available_cores, is_alive, run_jobs
+from tools.jobs import available_cores, run_jobs
 
 # --------------------------------------------------------------------------------------- one video
 
