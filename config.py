@@ -235,9 +235,9 @@ MAY_BE_ZERO |= {"context_bins", "checkpoint_sec"}
 NULL_OR_COUNT = ("chunk_snippets", "cycle_length", "durations")
 
 
-def check(cfg):
-    """Return the stages that are still to run; InputError, with the key to change, for a value or a
-    file that they cannot work with."""
+def check(cfg, files=True):
+    """Return the stages that are still to run; InputError, with the key to change, for a value or,
+    with `files`, a file that they cannot work with."""
     listed = [stage for stage in STAGES if stage in cfg.stages]
     pending = [stage for stage in listed if not os.path.exists(f"{cfg.out}/{STAGES[stage]}")]
     values = flatten(cfg)
@@ -245,7 +245,8 @@ def check(cfg):
         if not holds:
             raise InputError(f"config key {key} is {values[key]!r}, expected {expected}")
     run_fidelities(cfg)
-    _check_files(cfg, values, set(pending))
+    if files:
+        _check_files(cfg, values, set(pending))
     return pending
 
 
@@ -290,10 +291,14 @@ def _rules(cfg, pending):
     possible = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    for stage in {"lofi", "sola", "head"}.intersection(pending):
-        parts = world_size * cfg[stage].get("accumulate", 1)
+    blocks = {stage: cfg[stage] for stage in ("lofi", "sola", "head") if stage in pending}
+    for task, block in cfg.pretrain.items() if "pretrain" in pending else ():
+        if f"{cfg.pretrain.method}_".startswith(f"{task}_"):  # acp_plus goes on from acp
+            blocks[f"pretrain.{task}"] = block
+    for name, block in blocks.items():
+        parts = world_size * block.get("accumulate", 1)
         words = f"a multiple of {parts}: {world_size} processes and their micro-batches"
-        yield f"{stage}.batch_size", cfg[stage].batch_size % parts == 0, words
+        yield f"{name}.batch_size", block["batch_size"] % parts == 0, words
 
 
 def _check_files(cfg, values, todo):

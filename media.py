@@ -75,9 +75,6 @@ def open_media(path: str | os.PathLike) -> "FrameZip | FrameFolder | StillImage 
     return kinds.get(os.path.splitext(path)[1].lower(), VideoFile)(path)
 
 
-# ---------------------------------------------------------------------------------------- folders
-
-
 def spellings(name: str) -> tuple[str, str]:
     """Return both spellings of a video's name, with and without v_, its own first."""
     return name, name[2:] if name.startswith("v_") else f"v_{name}"
@@ -142,8 +139,7 @@ def stack_frames(frames, places, view=None, path=""):
         if stacked is None:
             stacked = np.empty((len(places), *frame.shape), np.uint8)
         if frame.shape != stacked.shape[1:]:
-            sizes = f"{frame.shape[:2]} and {stacked.shape[1:3]}"
-            raise InputError(f"{path} has frames of different sizes: {sizes} pixels")
+            raise InputError(f"{path} has frames of sizes {frame.shape} and {stacked.shape[1:]}")
         for row in rows[k]:
             stacked[row] = frame
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
@@ -182,7 +178,12 @@ class JpegFrames:
         try:
             return decode_jpeg(self._jpeg(entry))
         except DAMAGE as error:
-            raise InputError(f"{self.path}: {entry} is not a valid JPEG image ({error})") from None
+            name = os.path.basename(entry)
+            raise InputError(f"{self.path}: {name} is not a valid JPEG image ({error})") from None
+
+    def _jpeg(self, entry):
+        """Return a path, or the bytes of an entry of a ZIP."""
+        return entry
 
 
 class FrameZip(JpegFrames):
@@ -288,54 +289,40 @@ class FrameFolder(JpegFrames):
         self.names = {number - first: name for number, name in names.items()}
         self.kept = np.array(sorted(self.names))
         self.num_frames = int(self.kept[-1]) + 1
-        self.fps, self.duration = self._read_info(f"{path}/video.json")
-
-    @staticmethod
-    def _read_info(path):
-        if not os.path.exists(path):
-            return None, None
-        try:
-            with open(path) as file:
-                return positive(json.load(file), "fps", "duration_sec")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path}: expected {{"fps": 25, "duration_sec": 10.0}} '
-                f"({type(error).__name__}: {error}); correct or remove it"
-            ) from None
+        self.fps = None
+        self.duration = None
+        if os.path.exists(f"{path}/video.json"):
+            try:
+                with open(f"{path}/video.json") as file:
+                    self.fps, self.duration = positive(json.load(file), "fps", "duration_sec")
+            except (*DAMAGE, TypeError) as error:
+                expected = '{"fps": 25, "duration_sec": 10.0}'
+                problem = f"{type(error).__name__}: {error}"
+                raise InputError(f"{path}/video.json: expected {expected} ({problem})") from None
 
     def _entries(self, numbers, short_side):
-        return [self.names[number] for number in numbers]
-
-    def _jpeg(self, entry):
-        return f"{self.path}/{entry}"
+        return [f"{self.path}/{self.names[number]}" for number in numbers]
 
 
 class StillImage(JpegFrames):
     """One JPEG image, as a video of one frame."""
 
-    num_frames = 1
-    fps = 1.0
-    duration = 1.0
-    kept = np.zeros(1, np.int64)
-
     def __init__(self, path):
         self.path = path
+        self.kept = np.zeros(1, np.int64)
+        self.num_frames = 1
+        self.fps = 1.0
+        self.duration = 1.0
 
     def _entries(self, numbers, short_side):
-        return [os.path.basename(self.path)]
-
-    def _jpeg(self, entry):
-        return self.path
+        return [self.path]
 
 
 # ------------------------------------------------------------------------------------ video files
 
 
 class VideoFile:
-    """A video file, through torchcodec and FFmpeg.
-
-    Opening it reads its packets once, for the time of every frame; nothing is decoded.
-    """
+    """A video file, whose packets are read once when it is opened, for the time of every frame."""
 
     def __init__(self, path):
         self.path = path
@@ -379,19 +366,13 @@ class VideoFile:
         return min(filter(None, headers), default=self.covered)
 
     def index(self, numbers) -> np.ndarray:
-        """Return which frame of the file, in presentation order, each number is: (F,) int64.
-
-        -1 where the file has ended.
-        """
+        """Return which frame in presentation order each number is, -1 after the last: (F,)."""
         seconds = (np.asarray(numbers) + 0.5) / self.fps
         shown = np.searchsorted(self.times, seconds, side="right") - 1
         return np.where(seconds < self.covered, shown, -1)
 
     def read(self, numbers, short_side: float | None = None, view=None) -> Tensor:
-        """Read frames by number, (F, 3, H, W) uint8, as JpegFrames.read does.
-
-        The nearest frame stands for one that does not decode; InputError if too many do not.
-        """
+        """Read frames as JpegFrames.read does; the nearest stands for one that does not decode."""
         wanted, back = np.unique(numbers, return_inverse=True)
         decoded = dict(self.decode(wanted, short_side))
         check_coverage(self.path, len(decoded), len(wanted))
@@ -436,32 +417,27 @@ class VideoFile:
 def check_coverage(path: str, decoded: int, wanted: int) -> None:
     """Raise InputError if too few of the wanted frames were decoded."""
     if decoded < MIN_COVERAGE * wanted or not decoded:
-        raise InputError(
-            f"{path} is damaged: only {decoded} of the {wanted} frames needed decode, expected at "
-            f"least {MIN_COVERAGE:.0%}; download it again"
-        )
+        counts = f"only {decoded} of the {wanted} frames needed decode"
+        raise InputError(f"{path} is damaged: {counts}; download it again")
 
 
 def scan_video(path):
-    """Return the frame index of a video file, its stream's metadata and its container's.
-
-    Raises InputError if it cannot be opened or has no frame.
-    """
+    """Return the frame index of a video file, its stream's metadata and its container's."""
     try:
         from torchcodec.decoders import Demuxer
 
         demuxer = Demuxer(path)
         stream = demuxer.streams[0]
         scan = stream.scan()
-    except ImportError:
-        raise InputError(f"{path}: video files need torchcodec 0.17 or newer") from None
-    except (RuntimeError, ValueError, IndexError) as error:
-        # Without the names of torchcodec's source files.
-        reason = re.sub(r"^.*\.cpp:\d+,\s*", "", str(error)).strip().partition("\n")[0]
-        if "libtorchcodec" in str(error):
-            raise InputError(f"{path}: video files need FFmpeg: apt-get install ffmpeg") from None
-        if "No valid video stream" in str(error):
+    except (ImportError, RuntimeError, ValueError, IndexError) as error:
+        text = str(error)
+        if isinstance(error, ImportError) or "libtorchcodec" in text:
+            needs = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
+            raise InputError(f"{path}: video files need {needs}") from None
+        if "No valid video stream" in text:
             raise InputError(f"{path} has no video stream") from None
+        # Without the names of torchcodec's source files.
+        reason = re.sub(r"^.*\.cpp:\d+,\s*", "", text).strip().partition("\n")[0]
         raise InputError(f"{path} is not a valid video ({reason}); download it again") from None
     if not len(scan):
         raise InputError(f"{path} has a video stream without frames; download it again")

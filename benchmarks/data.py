@@ -1,41 +1,41 @@
-"""Measure the loading of frames as training does it, against the public designs.
+"""Measure loading: samples from prepared frames against the public habits, and many annotations.
 
-    python -m benchmarks.data --video VIDEO.mp4 [--repeats 5] [--json FILE]
+    python -m benchmarks.data frames --video VIDEO.mp4   needs FFmpeg's command, and Pillow
+    python -m benchmarks.data annotations [--videos 1000000]
 
-Needs FFmpeg (its command, too) and, for the public loader, Pillow. One video, repeated up to
---seconds, is prepared as tools.prepare_data does. Then samples of the four fidelities (LoFi's
-ActivityNet sizes), in batches of one, are loaded in one thread and one process from
-
+frames: one video, repeated up to --seconds, is prepared as tools.prepare_data does. Then samples of
+the four fidelities (LoFi's ActivityNet sizes) are loaded as training does, in one thread, from:
     prepared            the ZIP, with its smaller copies
     prepared, one size  a ZIP without them
-    video file          the original, for each access, through torchcodec, which shrinks the frames
-    PIL folder          JPEG files of the same frames and quality, opened one by one with Pillow,
-                        cropped, resized, converted: the public habit
-
-Means over --repeats random views, half of them flipped; file caches are warm. Time is CPU time,
-which other programs disturb less. JPEG share: of it within torchcodec's JPEG decoder.
+    video file          the original, decoded for each access by torchcodec
+    PIL folder          JPEG files of the same frames, opened, cropped and resized with Pillow
+Medians over --repeats random views; file caches are warm. Time is CPU time, which other programs
+disturb less. JPEG share: of it within torchcodec's JPEG decoder.
+annotations: seconds and peak memory of reading a JSON of so many videos.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoint
 import data
 import media
 from tools.prepare_data import prepare
 
-L, T, STRIDE, SIZE, CROP = 100, 8, 8, 224, 0.875
-FIDELITIES = data.fidelities(
-    data.Fidelity("full", L, SIZE), {"S": [100, 112], "T": [25, 224], "ST": [50, 158]}
-)
+VIDEO = {"snippets": 100, "frames_per_snippet": 8, "stride": 8, "size": 224, "crop": 0.875}
+FULL = data.Fidelity("full", 100, 224)
+FIDELITIES = data.fidelities(FULL, {"S": [100, 112], "T": [25, 224], "ST": [50, 158]})
 
 
 class PilFolder:
@@ -46,100 +46,59 @@ class PilFolder:
         self.num_frames = len(os.listdir(folder))
 
     def load(self, fidelity, seed):
-        rng = np.random.default_rng(seed)
-        rows = data.snippet_rows(L, fidelity.snippets, rng.choice([0.0, 0.5]))
-        corner = rng.random(2)
-        flip = rng.random() < 0.5
-        numbers = media.snippet_frames(self.num_frames, L, T, STRIDE)[rows].flatten().tolist()
-        images = [self._open(number, fidelity.size, corner, flip) for number in numbers]
-        frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return frames.unflatten(0, (fidelity.snippets, T))
-
-    def _open(self, number, size, corner, flip):
         from PIL import Image
 
-        image = Image.open(f"{self.folder}/img_{number + 1:05d}.jpg").convert("RGB")
-        side = round(min(image.size) * CROP)
-        x = round(corner[1] * (image.width - side))
-        y = round(corner[0] * (image.height - side))
-        image = image.crop((x, y, x + side, y + side)).resize((size, size), Image.BILINEAR)
-        return np.asarray(image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image)
+        rng = np.random.default_rng(seed)
+        rows = data.snippet_rows(FULL.snippets, fidelity.snippets, rng.choice([0.0, 0.5]))
+        corner = rng.random(2)
+        flip = rng.random() < 0.5
+        numbers = media.snippet_frames(self.num_frames, FULL.snippets, 8, 8)[rows]
+        images = []
+        for number in numbers.flatten().tolist():
+            image = Image.open(f"{self.folder}/img_{number + 1:05d}.jpg").convert("RGB")
+            side = round(min(image.size) * VIDEO["crop"])
+            left = round(corner[1] * (image.width - side))
+            top = round(corner[0] * (image.height - side))
+            image = image.crop((left, top, left + side, top + side))
+            image = image.resize((fidelity.size, fidelity.size), Image.BILINEAR)
+            images.append(np.asarray(image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image))
+        frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return frames.unflatten(0, (fidelity.snippets, 8))
 
 
 class JpegTimer:
-    """Stands in media.py in place of decode_jpeg and adds up its time."""
+    """Stand in media.py in place of decode_jpeg and add up its time."""
 
     def __init__(self):
         self.decode = media.decode_jpeg
         self.seconds = 0.0
-        self.frames = 0
 
     def __call__(self, source):
         started = time.process_time()
         frame = self.decode(source)
         self.seconds += time.process_time() - started
-        self.frames += 1
         return frame
 
 
 def time_samples(load, fidelity, repeats):
-    """Return means after two loads to warm up: seconds, seconds decoding JPEGs, JPEGs decoded."""
-    total = np.zeros(3)
-    for seed in range(-2, repeats):
+    """Return the median seconds of several loads after two to warm up, and the JPEG share."""
+    seconds, shares = [], []
+    for seed in range(repeats + 2):
         timer = media.decode_jpeg = JpegTimer()
-        try:
-            started = time.process_time()
-            frames = load(fidelity, seed + 2)
-            elapsed = time.process_time() - started
-        finally:
-            media.decode_jpeg = timer.decode
-        if seed >= 0:
-            total += elapsed, timer.seconds, timer.frames
-        assert frames.shape[-5:] == (fidelity.snippets, T, 3, fidelity.size, fidelity.size)
-    return total / repeats
+        started = time.process_time()
+        frames = load(fidelity, seed)
+        elapsed = time.process_time() - started
+        media.decode_jpeg = timer.decode
+        seconds.append(elapsed)
+        shares.append(timer.seconds / elapsed)
+        assert frames.shape[-5:] == (fidelity.snippets, 8, 3, fidelity.size, fidelity.size)
+    return statistics.median(seconds[2:]), statistics.median(shares[2:])
 
 
-def prepare_sources(folder, args):
-    """Write the video in all forms to `folder`: {form: its path}."""
-    os.makedirs(f"{folder}/video")
-    video = f"{folder}/video/v.mp4"
-    source = ["-stream_loop", "-1", "-i", args.video, "-t", str(args.seconds)]
-    command = ["ffmpeg", "-v", "error", *source, "-an", "-c:v", "copy", video]
-    subprocess.run(command, check=True)
-    paths = {}
-    settings = {"snippets": L, "frames": T, "stride": STRIDE, "short_side": 256, "quality": 90}
-    for form, copies in {"prepared": [181, 128], "prepared, one size": []}.items():
-        started = time.perf_counter()
-        prepare({"v": video}, f"{folder}/{form}", {**settings, "copies": copies}, 0)
-        elapsed = time.perf_counter() - started
-        paths[form] = f"{folder}/{form}/v.zip"
-        print(f"{form}: {os.path.getsize(paths[form]) / 1e6:.1f} MB, made in {elapsed:.1f} s")
-    paths["video file"] = video
-    paths["PIL folder"] = f"{folder}/pil"
-    opened = media.open_media(video)
-    kept = media.FrameZip(paths["prepared"])
-    print(
-        f"video: {opened.duration:.1f} s, {opened.num_frames} frames, {opened.width} x "
-        f"{opened.height}, {os.path.getsize(video) / 1e6:.1f} MB; full fidelity needs "
-        f"{len(kept.kept)} of them"
-    )
-    os.makedirs(paths["PIL folder"])
-    for number in range(kept.num_frames):
-        # Frames that no fidelity reads are there, too, as copies of those that one does.
-        nearest = kept.kept[media.nearest(kept.kept, np.array([number]))[0]]
-        jpeg = kept.archive.read(media.entry_name(nearest, 0, kept.short_sides))
-        Path(f"{folder}/pil/img_{number + 1:05d}.jpg").write_bytes(jpeg)
-    return paths
-
-
-def make_load(form, path, duration):
-    """Return load(fidelity, seed) -> frames."""
-    if form == "PIL folder":
-        return PilFolder(path).load
+def loader(path, duration):
+    """Return what loads a sample of a video as training does."""
     video = data.Video("v", duration, np.zeros((0, 2)), (), path)
-    dataset = data.VideoDataset(
-        [video], snippets=L, frames_per_snippet=T, stride=STRIDE, size=SIZE, crop=CROP, train=True
-    )
+    dataset = data.VideoDataset([video], train=True, **VIDEO)
 
     def load(fidelity, seed):
         dataset.set_epoch(seed)
@@ -148,45 +107,96 @@ def make_load(form, path, duration):
     return load
 
 
+def write_jpegs(zip_path, num_frames, folder):
+    """Write the kept frames of a ZIP as files, and links to the first in place of the others."""
+    source = media.FrameZip(zip_path)
+    os.makedirs(folder)
+    archive = zipfile.ZipFile(zip_path)
+    first = None
+    for number in range(num_frames):
+        path = f"{folder}/img_{number + 1:05d}.jpg"
+        if number in source.kept:
+            Path(path).write_bytes(archive.read(f"{number:06d}.jpg"))
+            first = first or path
+        elif first:
+            os.link(first, path)
+
+
+def measure_frames(args):
+    with tempfile.TemporaryDirectory() as folder:
+        long = f"{folder}/v.mp4"
+        cut = ["-stream_loop", "-1", "-i", args.video, "-t", str(args.seconds), "-an", "-c", "copy"]
+        subprocess.run(["ffmpeg", "-v", "error", *cut, long], check=True)
+        source = media.open_media(long)
+        print(f"video: {source.duration:.1f} s, {os.path.getsize(long) / 1e6:.1f} MB")
+        settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
+        loads = {"video file": loader(long, source.duration)}
+        for name, copies in (("prepared, one size", []), ("prepared", [181, 128])):
+            prepare({"v": long}, f"{folder}/{name}", {**settings, "copies": copies}, 0)
+            path = f"{folder}/{name}/v.zip"
+            print(f"{name}: {os.path.getsize(path) / 1e6:.1f} MB")
+            loads[name] = loader(path, source.duration)
+        if not args.no_pil:
+            write_jpegs(f"{folder}/prepared/v.zip", source.num_frames, f"{folder}/pil")
+            loads["PIL folder"] = PilFolder(f"{folder}/pil").load
+        print("\n| from | sample | ms | of full | JPEG share | prepared is faster |")
+        print("|---|---|--:|--:|--:|--:|")
+        prepared = {}
+        for name, load in reversed(loads.items()):
+            repeats = 1 if name == "video file" else args.repeats
+            times = {k: time_samples(load, f, repeats) for k, f in FIDELITIES.items()}
+            prepared = times if name == "prepared" else prepared
+            for key, (seconds, share) in times.items():
+                of_full = seconds / times["full"][0]
+                faster = f"{seconds / prepared[key][0]:.2f}" if prepared else ""
+                cells = (
+                    name,
+                    key,
+                    f"{1e3 * seconds:.1f}",
+                    f"{of_full:.2f}",
+                    f"{share:.1%}",
+                    faster,
+                )
+                print("| " + " | ".join(cells) + " |")
+
+
+def measure_annotations(args):
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/annotations.json"
+        with open(path, "w") as file:
+            file.write('{"database": {')
+            for i in range(args.videos):
+                duration = rng.uniform(10, 240)
+                segments = np.sort(rng.uniform(0, duration, (rng.integers(1, 4), 2)), 1).tolist()
+                annotations = [{"segment": s, "label": f"class {i % 200}"} for s in segments]
+                entry = {"subset": "training", "duration": duration, "annotations": annotations}
+                file.write(f'{", " if i else ""}"v_{i:011d}": {json.dumps(entry)}')
+            file.write("}}")
+        started = time.monotonic()
+        data.load_annotations(path)
+        peak = checkpoint.peak_memory_gb(torch.device("cpu"))
+        print(
+            f"{args.videos:,} videos read in {time.monotonic() - started:.1f} s, peak {peak:.2f} GB"
+        )
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--video", required=True, help="a video file")
-    parser.add_argument("--seconds", type=float, default=117, help="117: ActivityNet-1.3's mean")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=["frames", "annotations"])
+    parser.add_argument("--video", help="a video file, for frames")
+    parser.add_argument("--seconds", type=float, default=117, help="117: the mean of ActivityNet")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="write the figures")
+    parser.add_argument("--no-pil", action="store_true", help="leave Pillow out")
+    parser.add_argument("--videos", type=int, default=1_000_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}\n")
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = prepare_sources(folder, args)
-        heads = ["sample", "ms", "of full", "frames/s", "JPEG share", "prepared is faster"]
-        print(f"\n{'':20} {'  '.join(f'{head:>10}' for head in heads)}")
-        for form, path in paths.items():
-            load = make_load(form, path, args.seconds)
-            for name, fidelity in FIDELITIES.items():
-                repeats = 2 if form == "video file" else args.repeats
-                seconds, in_decoder, jpegs = time_samples(load, fidelity, repeats)
-                share = in_decoder / seconds
-                figures[f"{form}/{name}"] = {
-                    "seconds": seconds,
-                    "jpeg_share": share,
-                    "jpegs": jpegs,
-                }
-                cells = [
-                    name,
-                    f"{1e3 * seconds:.1f}",
-                    f"{figures[f'{form}/full']['seconds'] / seconds:.1f} x",
-                    f"{fidelity.snippets * T / seconds:.0f}",
-                    f"{share:.1%}" if jpegs else "",
-                    f"{seconds / figures[f'prepared/{name}']['seconds']:.1f} x",
-                ]
-                print(f"{form:20} {'  '.join(f'{cell:>10}' for cell in cells)}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{platform.machine()}, 1 thread, torch {torch.__version__}")
+    if args.what == "annotations":
+        measure_annotations(args)
+    else:
+        measure_frames(args)
 
 
 if __name__ == "__main__":

@@ -375,9 +375,6 @@ def test_peak_memory_is_not_that_of_the_program_that_started_the_process():
     child = "import torch, checkpoint; print(checkpoint.peak_memory_gb(torch.device('cpu')))"
     large = "held = b'x' * (1 << 30)\nimport subprocess, sys\n"
     large += f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-    found = []
-    for code in (child, large):
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found.append(float(done.stdout))
-    assert 0.05 < found[0] < 0.85 and found[1] == pytest.approx(found[0], rel=0.2)
+    command = [sys.executable, "-c", large]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert 0.05 < float(done.stdout) < 0.85

@@ -224,7 +224,7 @@ except media.InputError as error:
     assert done.returncode == 0, done.stderr
     shape, error = done.stdout.splitlines()
     assert shape == "torch.Size([1, 3, 8, 12])"
-    assert error.startswith(f"{tmp_path}/v.mp4") and error.endswith("apt-get install ffmpeg")
+    assert error.startswith(f"{tmp_path}/v.mp4") and "need FFmpeg" in error
 
 
 # ------------------------------------------------------------------------------------ frame ZIPs
@@ -334,7 +334,7 @@ def test_a_bad_video_json_in_a_zip_is_named(tmp_path, info):
 def test_frames_of_different_sizes_are_refused(tmp_path):
     info = {"fps": 5, "num_frames": 2, "duration_sec": 0.4, "frames": [0, 1]}
     write_frame_zip(tmp_path / "v.zip", info, [{0: jpeg(1, 8, 8), 1: jpeg(1, 8, 16)}])
-    with pytest.raises(InputError, match=r"different sizes: \(8, 16\) and \(8, 8\) pixels"):
+    with pytest.raises(InputError, match=r"sizes \(8, 16, 3\) and \(8, 8, 3\)"):
         media.open_media(f"{tmp_path}/v.zip").read([0, 1])
 
 
@@ -382,7 +382,7 @@ def test_a_folder_without_frames_or_with_several_kinds_is_named(tmp_path):
 def test_a_bad_video_json_in_a_folder_is_named(tmp_path, text):
     (tmp_path / "img_1.jpg").write_bytes(jpeg(0))
     (tmp_path / "video.json").write_text(text)
-    with pytest.raises(InputError, match=r"video.json: expected .*; correct or remove it"):
+    with pytest.raises(InputError, match=r"video.json: expected .*fps"):
         media.open_media(tmp_path)
 
 

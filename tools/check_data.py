@@ -138,7 +138,9 @@ class SubsetCheck:
         jobs = {i: paths[name] for i, name in enumerate(self.names) if name in paths}
         self.usable["frames"] = set(paths)
         settings = self.sources.settings or {}
-        for i, result, error in run_jobs(inspect_media, jobs, workers, f"frames {self.name}"):
+        # In the videos' order, however many workers there are.
+        outcomes = run_jobs(inspect_media, jobs, workers, f"frames {self.name}")
+        for i, result, error in sorted(outcomes, key=lambda outcome: outcome[0]):
             duration, wrong, prepared = result or (None, str(error), None)
             video = self.videos[i]
             if wrong and duration is None:

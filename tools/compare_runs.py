@@ -137,12 +137,6 @@ def _seconds(x):
     return "-" if x is None else f"{x:.1f}"
 
 
-def _check_replaceable(path, is_own):
-    """Raise InputError if a file exists that this program did not write."""
-    if os.path.lexists(path) and not is_own(path):
-        raise InputError(f"{path} already exists and is no output of this program: not replaced")
-
-
 def _is_own_json(path):
     try:
         return load_json(path).keys() == {"rows"}
@@ -160,20 +154,16 @@ def _is_own_markdown(path):
 
 def main(argv=None):
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare_runs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN[,RUN ...]")
     parser.add_argument("--json", metavar="FILE", help="write the rows at full precision")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     args = parser.parse_args(argv)
     try:
-        if args.json:
-            _check_replaceable(args.json, _is_own_json)
-        if args.markdown:
-            _check_replaceable(args.markdown, _is_own_markdown)
+        for path, is_own in ((args.json, _is_own_json), (args.markdown, _is_own_markdown)):
+            if path and os.path.lexists(path) and not is_own(path):
+                raise InputError(f"{path} already exists and is no output of this program")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             rows = compare(args.runs)

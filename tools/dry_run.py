@@ -63,6 +63,7 @@ def dry_run(cfg, ddp):
 def main(argv=None):
     with config.one_line_errors("tools.dry_run"):
         cfg = config.from_command_line(__doc__, argv)
+        config.check(cfg, files=False)
         dry_run(cfg, setup_distributed(cfg))
 
 

@@ -27,8 +27,6 @@ from data import first_names, load_annotations
 from media import InputError
 from tools.jobs import available_cores, run_jobs
 
-# --------------------------------------------------------------------------------------- one video
-
 
 def write_frame_zip(file, info, jpegs):
     """Write a ZIP of JPEG frames, as media.py describes it: the same frames give the same bytes.
@@ -127,9 +125,6 @@ def write_whole(target, info, jpegs):
             os.remove(part)
 
 
-# ------------------------------------------------------------------------------------- many videos
-
-
 def is_prepared(target, settings):
     """Return whether `target` exists. Raises InputError unless it was prepared just so."""
     if not os.path.lexists(target):
@@ -189,9 +184,6 @@ def remove_stale_parts(folder):
         match = re.search(r"\.zip\.part-(.*)-(\d+)$", entry.name)
         if match and match[1] == socket.gethostname() and not is_alive(int(match[2])):
             os.remove(entry.path)
-
-
-# ------------------------------------------------------------------------------------ command line
 
 
 def find_videos(args):
