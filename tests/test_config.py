@@ -258,6 +258,9 @@ def test_batches_that_do_not_divide_are_found_before_the_first_stage(tmp_path, m
     assert "lofi.batch_size is 8, expected a multiple of 3" in check()
     os.makedirs(tmp_path / "run/lofi")
     (tmp_path / "run/lofi/encoder.pt").touch()  # what is done needs no batches
+    assert "pretrain.acp.batch_size is 32" in check("pretrain.method=acp_plus_background")
+    (tmp_path / "run/pretrain").mkdir()
+    (tmp_path / "run/pretrain/encoder.pt").touch()
     assert "no annotation file" in check()
     assert "sola.batch_size is 64" in check("stages=[lofi, features, sola]")
 
