@@ -157,8 +157,8 @@ class Progress:
 
     def __init__(self, name, model, optimizer, sampler, options, cfg, ddp):
         self.folder, self.path = f"{cfg.out}/{name}", f"{cfg.out}/{name}/checkpoint.pt"
-        self.model, self.optimizer, self.sampler = model, optimizer, sampler
-        self.epochs, self.log_every, self.ddp = options["epochs"], cfg.log_every, ddp
+        self.model, self.optimizer, self.sampler, self.ddp = model, optimizer, sampler, ddp
+        self.epochs, self.log_every = options["epochs"], cfg.log_every
         self.epoch, self.step = 0, 0
         self.sums, self.history = {}, []
         self.started = self.last_save = time.monotonic()
@@ -296,11 +296,6 @@ class StopSignals:
 
     def __init__(self, defer=True):
         self.defer, self.received = defer, None
-
-    @property
-    def number(self):
-        """Return the signal to stop by, which another process may have received."""
-        return self.received or signal.SIGTERM
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)

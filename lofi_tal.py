@@ -14,6 +14,7 @@ The config lists the stages. One whose last file here exists is skipped, others 
 """
 
 import os
+import signal
 import time
 from datetime import timedelta
 from functools import partial
@@ -96,7 +97,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
                     progress.save()
                 if stop:
                     ddp.log(f"{progress.title}: stopped after step {i + 1}; rerun to resume")
-                    raise SystemExit(128 + signals.number)
+                    raise SystemExit(128 + (signals.received or signal.SIGTERM))
             progress.end_epoch()
     if ddp.world_size > 1:  # DDP copies rank 0's buffers before a forward, not after the last
         for buffer in model.buffers():

@@ -333,9 +333,8 @@ def test_a_stopwatch_goes_on_where_it_was_killed(tmp_path):
 
 def test_a_signal_is_noted_or_raised_at_once():
     with pytest.raises(SystemExit) as stopped, checkpoint.StopSignals() as signals:
-        assert signals.number == signal.SIGTERM  # where only another process has received one
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signals.number == signal.SIGINT
+        assert signals.received == signal.SIGINT
     assert stopped.value.code == 130
     with pytest.raises(KeyboardInterrupt), checkpoint.StopSignals(defer=False):
         with pytest.raises(SystemExit), checkpoint.StopSignals():  # as training in a program
