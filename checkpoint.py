@@ -5,6 +5,7 @@ the file before it. Everything random in a step is a pure function of (seed, epo
 resumed run ends with the weights of an undisturbed one, and a checkpoint needs no random state.
 """
 
+import fcntl
 import json
 import os
 import pathlib
@@ -16,7 +17,10 @@ import socket
 import sys
 import threading
 import time
+import zipfile
+from hashlib import blake2b
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -42,6 +46,31 @@ class RunFolder:
     def encoder(self, stage):
         """Return the encoder file of stage pretrain or lofi."""
         return f"{self.path}/{stage}/encoder.pt"
+
+    def inputs(self, stage):
+        """Return the file that tells what a stage works on."""
+        return f"{self.path}/{stage}/inputs.json"
+
+    def lock(self):
+        """Hold the folder while this object lives; InputError if another process holds it."""
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self._lock = open(f"{self.path}/lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"out={self.path} cannot be written: {error.strerror}") from None
+        try:
+            # Not flock, which the loader's workers would inherit and hold after a kill.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._lock.seek(0)
+            holder = self._lock.read() or "another process"
+            remedy = "wait until that ends, or name another folder with --set out=..."
+            raise InputError(f"{self.path} is in use by {holder}; {remedy}") from None
+        except OSError:  # a file system without locks
+            return
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
+        self._lock.flush()
 
 
 def write_atomic(path, write):
@@ -86,12 +115,29 @@ def load_state(path):
     if not os.path.isfile(path):
         raise InputError(f"no file {path}")
     try:
+        # torch writes the checksum of each tensor, but does not compare it.
+        if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(entry)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch raise almost anything
         raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a dictionary")
     return state
+
+
+def files_fingerprint(paths):
+    """Return what tells files from others: names, sizes and the first MB of up to 16, and times."""
+    content, times = blake2b(digest_size=8), blake2b(digest_size=8)
+    picked = set(np.linspace(0, len(paths) - 1, min(len(paths), 16)).round().astype(int).tolist())
+    for i, path in enumerate(paths):
+        status = os.stat(path)
+        content.update(f"{os.path.basename(path)} {status.st_size}\n".encode())
+        times.update(f"{status.st_mtime_ns}\n".encode())
+        if i in picked:
+            with open(path, "rb") as file:
+                content.update(file.read(2**20))
+    return {"count": len(paths), "content": content.hexdigest(), "times": times.hexdigest()}
 
 
 def seconds_of(path):
@@ -181,6 +227,7 @@ class Progress:
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.sums, self.history = saved["sums"], saved["history"]
         self.started -= saved["seconds"]
+        self._write_history()  # a kill may have come between the checkpoint and this
         self.ddp.log(f"{self.folder}: resuming at epoch {self.epoch + 1}, step {self.step + 1}")
 
     def save(self):
@@ -237,6 +284,9 @@ class Progress:
         self.history.append(record)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self.save()
+        self._write_history()
+
+    def _write_history(self):
         if self.ddp.is_main:
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             write_atomic(f"{self.folder}/metrics.jsonl", lambda file: file.write(lines.encode()))
@@ -296,6 +346,7 @@ class StopSignals:
 
     def __init__(self, defer=True):
         self.defer, self.received = defer, None
+        self.number = signal.SIGTERM  # to stop by, where only another process has received one
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -315,7 +366,7 @@ class StopSignals:
             raise SystemExit(128 + self.received)  # it came when no step was left to stop after
 
     def _note(self, number, _):
-        self.received = self.received or number
+        self.received = self.number = self.received or number
         if not self.defer:
             raise KeyboardInterrupt
 

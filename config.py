@@ -25,7 +25,15 @@ import data
 import evaluate
 import tsm
 import video_encoders
-from checkpoint import RunFolder, load_json, machine_name, remove_stale_parts, save_json, seconds_of
+from checkpoint import (
+    RunFolder,
+    files_fingerprint,
+    load_json,
+    machine_name,
+    remove_stale_parts,
+    save_json,
+    seconds_of,
+)
 from media import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -428,12 +436,70 @@ def snapshot(cfg):
     return {"config": json.loads(json.dumps(cfg)), "git": git_commit()}
 
 
-def open_run(cfg, ddp):
-    """Return the RunFolder cfg.out with config.json and versions.json, or raise InputError with the
-    differences if it was created with another config."""
+def stage_inputs(cfg, run, stage):
+    """Return fingerprints of what a stage works on, {what: plain data}."""
+    files = {}
+    if stage == "pretrain":
+        files = {"pretrain.init": cfg.pretrain.init, "pretrained": cfg.pretrain.pretrained}
+    elif stage in ("lofi", "features"):
+        files = {"encoder": encoder_path(cfg, run, stage)}
+    elif stage == "detect":
+        files = {"head": run.head, "class scores": cfg.detect.class_scores}
+    inputs = {key: data.file_hash(p) for key, p in files.items() if os.path.isfile(p or "")}
+    splits = {"detect": ["val"], "sola": ["train", "val"]}.get(stage, ["train"])
+    subsets = read_annotations(cfg.data.annotations)
+    videos = list(itertools.chain(*(subsets.get(cfg.data[f"{s}_subset"], ()) for s in splits)))
+    target_clips = stage == "pretrain" and "acp_plus" in cfg.pretrain.method
+    if target_clips or stage in ("lofi", "head", "detect"):
+        inputs["annotations"] = data.fingerprint(videos)
+    if stage in ("sola", "head", "detect"):
+        names = [video.name for video in videos]
+        sources = data.as_list(feature_source(cfg, run, raw=stage == "sola"))
+        found = itertools.chain(*(data.find_features(s, names).values() for s in sources))
+        # One HDF5 file may hold all videos.
+        inputs["features"] = files_fingerprint(list({path.partition("\0")[0]: 0 for path in found}))
+    return inputs
+
+
+def note_inputs(cfg, run, stage, ddp):
+    """Write what a stage works on, for later starts."""
+    if ddp.is_main:
+        save_json(stage_inputs(cfg, run, stage), run.inputs(stage))
+
+
+def check_inputs(cfg, run, pending, log):
+    """Raise InputError if a stage, finished or begun, was made from what is not there any more."""
+    missing = None
+    for stage in (s for s in STAGES if s in cfg.stages):
+        product, noted = f"{run.path}/{STAGES[stage]}", run.inputs(stage)
+        to_remove = product if stage == "detect" else os.path.dirname(noted)
+        remedy = f"restore that, or remove {to_remove} and what later stages made to go on from it"
+        if stage in pending:
+            missing = missing or product
+        elif missing:
+            raise InputError(f"stage {stage} is done, but {missing} is missing: {remedy}")
+        begun = os.path.isdir(to_remove) and os.listdir(to_remove) != [os.path.basename(noted)]
+        if not os.path.exists(noted) or not (begun or os.path.isfile(to_remove)):
+            continue
+        was, now = load_json(noted), stage_inputs(cfg, run, stage)
+        for key in was.keys() | now.keys():
+            old, new = was.get(key), now.get(key)
+            if key == "features" and old != new and {**old, "times": 0} == {**new, "times": 0}:
+                log(f"stage {stage}: its features have other times than before, the same content")
+            elif old != new:
+                raise InputError(f"stage {stage} is out of date: its {key} changed; {remedy}")
+
+
+def open_run(cfg, ddp, pending=tuple(STAGES)):
+    """Return the RunFolder cfg.out, locked, with config.json and versions.json, or raise InputError
+    with the differences if it was created with another config or from other files."""
     run = RunFolder(cfg.out)
-    ours = (os.path.basename(run.config), os.path.basename(run.versions))
-    if os.path.exists(run.config) and any(not f.startswith(ours) for f in os.listdir(cfg.out)):
+    if ddp.is_main:
+        run.lock()
+    # Of a start from which nothing came.
+    ours = ("config.json", "versions.json", "inputs.json", "lock")
+    made = (name for _, _, names in os.walk(cfg.out) for name in names if not name.startswith(ours))
+    if os.path.exists(run.config) and any(made):
         old = saved_config(cfg.out)
         if lines := differences(old, cfg):
             title = f"{cfg.out} was created with a different config:"
@@ -442,6 +508,7 @@ def open_run(cfg, ddp):
         # What was once made stays in the record.
         cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
     if ddp.is_main:
+        check_inputs(cfg, run, pending, ddp.log)
         remove_stale_parts(cfg.out)
         versions = {"git": git_commit(), "python": sys.version.split()[0]}
         versions |= {library.__name__: library.__version__ for library in (torch, torchvision, np)}

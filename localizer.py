@@ -292,6 +292,9 @@ def write_features(datasets, encode, folder, workers, ddp):
         for batch in data.iterate(dataset.subset(missing), fidelity, 1, **options):
             x = encode(batch.get("frames", batch.get("features")))
             parts.append(x[0].t().cpu())
+            if not parts[-1].isfinite().all():
+                name = batch["name"][0]
+                raise InputError(f"the encoder gives NaN or infinite features for video {name}")
             if batch.get("last", True):
                 save = partial(np.save, arr=torch.cat(parts).numpy(), allow_pickle=False)
                 checkpoint.write_atomic(f"{folder}/{batch['name'][0]}.npy", save)

@@ -14,7 +14,6 @@ The config lists the stages. One whose last file here exists is skipped, others 
 """
 
 import os
-import signal
 import time
 from datetime import timedelta
 from functools import partial
@@ -97,7 +96,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
                     progress.save()
                 if stop:
                     ddp.log(f"{progress.title}: stopped after step {i + 1}; rerun to resume")
-                    raise SystemExit(128 + (signals.received or signal.SIGTERM))
+                    raise SystemExit(128 + signals.number)
             progress.end_epoch()
     if ddp.world_size > 1:  # DDP copies rank 0's buffers before a forward, not after the last
         for buffer in model.buffers():
@@ -232,12 +231,13 @@ def main(argv=None):
         cfg = config.from_command_line(__doc__, argv)
         pending = config.check(cfg)
         ddp = setup_distributed(cfg)
-        run = config.open_run(cfg, ddp)
+        run = config.open_run(cfg, ddp, pending)
         stages = pretrain_stage, lofi_stage, features_stage, sola_stage, head_stage, detect_stage
         for name, stage in zip(config.STAGES, stages, strict=True):
             ddp.barrier()
             if name in pending:
                 started = time.monotonic()
+                config.note_inputs(cfg, run, name, ddp)
                 stage(cfg, run, ddp)
                 ddp.log(f"stage {name} took {time.monotonic() - started:.1f} s")
             elif name in cfg.stages:

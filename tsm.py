@@ -15,6 +15,7 @@ copy this file where you need it.
 import copy
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 
 import torch
@@ -263,6 +264,9 @@ def _read_weights(encoder, source):
             hint = f"Put that file into {torch.hub.get_dir()}/checkpoints, or name its path"
             raise InputError(f"{entry.url} cannot be downloaded ({error}).\n{hint}") from None
     try:
+        # torch writes the checksum of each tensor, but does not compare it.
+        if zipfile.is_zipfile(source) and (entry := zipfile.ZipFile(source).testzip()):
+            raise zipfile.BadZipFile(entry)
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or foreign file makes torch raise almost anything
         kind = type(error).__name__

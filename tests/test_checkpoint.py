@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import data
 import lofi_tal
+import tsm
 from config import Config
 from localizer import Distributed
 from media import InputError
@@ -317,6 +318,62 @@ def test_only_parts_of_dead_processes_are_removed(tmp_path):
         (tmp_path / "features" / name).write_text("half")
     checkpoint.remove_stale_parts(tmp_path)
     assert sorted(os.listdir(tmp_path / "features")) == sorted(names[1:])
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = str(tmp_path / "encoder.pt")
+    checkpoint.save_weights(torch.nn.Linear(64, 8), path)
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    weights = torch.load(path, weights_only=True)["model"]["weight"]
+    first = content.find(weights.numpy().tobytes())
+    for at in range(first, first + weights.nbytes, 97):
+        content[at] ^= 4
+        with open(path, "wb") as file:
+            file.write(content)
+        content[at] ^= 4
+        with pytest.raises(InputError, match="cannot be read"):
+            checkpoint.load_state(path)
+        with pytest.raises(tsm.InputError, match="cannot be read"):
+            tsm.load_weights(tsm.TSM(width=8), path)
+
+
+def test_files_are_known_by_their_content(tmp_path):
+    paths = [f"{tmp_path}/{i}.npy" for i in range(3)]
+    for i, path in enumerate(paths):
+        np.save(path, np.full(4, i))
+    before = checkpoint.files_fingerprint(paths)
+    assert before["count"] == 3 and checkpoint.files_fingerprint(paths[:2])["count"] == 2
+    os.utime(paths[1], (1, 1))
+    touched = checkpoint.files_fingerprint(paths)
+    assert touched["content"] == before["content"] and touched["times"] != before["times"]
+    np.save(paths[1], np.full(4, 7))
+    assert checkpoint.files_fingerprint(paths)["content"] != before["content"]
+    assert checkpoint.files_fingerprint([])["count"] == 0
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    code = f"import checkpoint\nrun = checkpoint.RunFolder({str(tmp_path)!r})\nrun.lock()\n"
+    code += "print(1, flush=True)\ninput()"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([sys.executable, "-c", code], **options)
+    assert other.stdout.readline() == "1\n"
+    with pytest.raises(InputError, match=f"in use by process {other.pid} on "):
+        checkpoint.RunFolder(tmp_path).lock()
+    other.kill()
+    other.wait()
+    run = checkpoint.RunFolder(tmp_path)
+    run.lock()
+    assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+
+
+def test_the_log_of_a_run_killed_before_its_last_line_is_completed(tmp_path):
+    train(tmp_path)
+    history = lines_of(tmp_path)
+    with open(f"{tmp_path}/test/metrics.jsonl", "w") as file:
+        file.write(json.dumps(history[0]) + "\n")
+    train(tmp_path)
+    assert lines_of(tmp_path) == history
 
 
 def test_a_stopwatch_goes_on_where_it_was_killed(tmp_path):

@@ -261,6 +261,7 @@ def test_batches_that_do_not_divide_are_found_before_the_first_stage(tmp_path, m
     assert "pretrain.acp.batch_size is 32" in check("pretrain.method=acp_plus_background")
     (tmp_path / "run/pretrain").mkdir()
     (tmp_path / "run/pretrain/encoder.pt").touch()
+    (tmp_path / "run/pretrain/encoder.pt").touch()
     assert "no annotation file" in check()
     assert "sola.batch_size is 64" in check("stages=[lofi, features, sola]")
 
@@ -281,6 +282,7 @@ def test_a_run_belongs_to_one_config(tmp_path):
     open_run("lofi.lr=0.3")  # nothing came of the first start
     open_run("stages=[pretrain]")
     (tmp_path / "run/pretrain").mkdir()
+    (tmp_path / "run/pretrain/encoder.pt").touch()
     open_run("data.workers=5")  # changes no number; more stages go on from there
     open_run("stages=[pretrain]")
     stages = ["pretrain", "lofi", "features", "head", "detect"]
@@ -301,6 +303,7 @@ def test_a_run_belongs_to_one_config(tmp_path):
 def test_a_moved_run_is_the_same_run(tmp_path):
     config.open_run(toy(f"out={tmp_path}/run"), ALONE)
     (tmp_path / "run/pretrain").mkdir()
+    (tmp_path / "run/pretrain/encoder.pt").touch()
     shutil.move(tmp_path / "run", tmp_path / "moved")
     run = config.open_run(toy(f"out={tmp_path}/moved"), ALONE)
     assert run.encoder("lofi") == f"{tmp_path}/moved/lofi/encoder.pt"

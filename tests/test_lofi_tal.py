@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import data
 import gtad
 import lofi_tal
@@ -131,7 +132,8 @@ def test_a_run_leaves_everything_that_a_number_needs(whole):
         assert len(found) > 3
         assert all(0 <= d["segment"][0] < d["segment"][1] <= 8 for d in found)
     files = {"config.json", "versions.json", "result.json", "proposals.json", "metrics.json"}
-    assert set(os.listdir(whole)) == files | {"pretrain", "lofi", "features", "head"}
+    stages = {"pretrain", "lofi", "features", "head", "detect"}
+    assert set(os.listdir(whole)) == {*files, "lock", *stages}
     epochs = epochs_of(f"{whole}/lofi")
     assert [r["fidelity"] for r in epochs] == ["S", "T", "ST"]
     assert {"loss", "node", "regression", "classification", "lr"} <= set(epochs[0])
@@ -159,6 +161,70 @@ def test_a_finished_run_is_not_run_again(whole, toy, capsys):
     lofi_tal.main(arguments(toy, whole))
     assert capsys.readouterr().out.count(" is done: ") == 5
     assert before == [os.stat(file).st_mtime_ns for file in files]
+
+
+def test_a_start_tells_what_is_out_of_date(toy, tmp_path, from_acp, capsys):
+    out = str(tmp_path / "run")
+    annotations = str(shutil.copy(f"{toy}/annotations.json", tmp_path))
+    overrides = [from_acp, "stages=[lofi, features, head, detect]", "lofi.epochs=1"]
+    run = arguments(toy, out, *overrides, "head.epochs=1", f"data.annotations={annotations}")
+    lofi_tal.main(run)
+    before = result_of(out)
+
+    def write(database):
+        with open(annotations, "w") as file:
+            json.dump({"database": database}, file)
+        config.read_annotations.cache_clear()
+
+    def names(subset):
+        return [name for name, video in database.items() if video["subset"] == subset]
+
+    database = load_json(annotations)["database"]
+    train, val = (names(subset)[0] for subset in ("training", "validation"))
+    for name, stage in (train, "lofi"), (val, "detect"):
+        segment = database[name]["annotations"][0]["segment"]
+        segment[0] += 0.25
+        write(database)
+        assert f"stage {stage} is out of date: its annotations changed" in error_of(run)
+        segment[0] -= 0.25
+        write(database)
+
+    for name, stage in (train, "head"), (val, "detect"):
+        path = f"{out}/features/{name}.npy"
+        x = np.load(path)
+        np.save(path, x + 1)
+        assert f"stage {stage} is out of date: its features changed" in error_of(run)
+        np.save(path, x)
+        capsys.readouterr()
+        lofi_tal.main(run)
+        assert f"stage {stage}: its features have other times" in capsys.readouterr().out
+
+    encoder = f"{out}/lofi/encoder.pt"
+    os.rename(encoder, f"{tmp_path}/encoder.pt")
+    assert "stage features is done, but" in error_of(run)
+    shutil.copy(from_acp.partition("=")[2], encoder)
+    assert "stage features is out of date: its encoder changed" in error_of(run)
+    os.replace(f"{tmp_path}/encoder.pt", encoder)
+
+    # What a message says to remove is enough to go on.
+    best = before[1][val][0]
+    database[val]["annotations"][0] = {key: best[key] for key in ("segment", "label")}
+    write(database)
+    assert f"remove {out}/metrics.json" in error_of(run)
+    os.remove(f"{out}/metrics.json")
+    lofi_tal.main(run)
+    after = result_of(out)
+    assert after[1] == before[1] and after[0]["average_mAP"] > before[0]["average_mAP"]
+
+
+def test_features_of_a_broken_encoder_are_refused(whole, toy, tmp_path):
+    broken = torch.load(f"{whole}/lofi/encoder.pt", weights_only=True)
+    broken["model"]["bn1.weight"].fill_(float("nan"))
+    torch.save(broken, tmp_path / "encoder.pt")
+    start = [f"pretrain.pretrained={tmp_path}/encoder.pt", "stages=[features]"]
+    message = error_of(arguments(toy, tmp_path / "run", *start))
+    assert "NaN or infinite features for video" in message
+    assert not glob.glob(f"{tmp_path}/run/features/*.npy")
 
 
 def test_classes_can_come_from_elsewhere_and_every_output_says_so(whole, toy, tmp_path):
