@@ -5,7 +5,9 @@ Legend: B videos, C channels, L snippets, T frames a snippet, D durations, K pro
 """
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import time
 import uuid
@@ -113,6 +115,9 @@ def fresh_group(timeout_sec=600):
     torchrun's restart counts do not tell: nodes count differently. So the main process makes up a
     word, and the others ask for it under words of their own: an answer to a dead process is lost.
     """
+    if sys.platform == "linux":
+        # End with torchrun, should that alone be killed: 1 is PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     store, rank, world_size = next(dist.rendezvous("env://"))
     word = uuid.uuid4().hex
     missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_sec

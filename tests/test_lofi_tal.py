@@ -18,7 +18,7 @@ import config
 import data
 import gtad
 import lofi_tal
-from checkpoint import load_json
+from checkpoint import RunFolder, load_json
 from sola import SoLa, similarity_step
 from tools.make_toy import Toy, make_toy
 
@@ -643,16 +643,16 @@ def test_kill_9_of_a_rank_under_max_restarts_loses_nothing(whole, toy, tmp_path,
         endpoint = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
         rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", endpoint, "--rdzv_id=test"]
     (tmp_path / "late.py").write_text(LATE)
-    checkpoint = str(tmp_path / "run/lofi/checkpoint.pt")
+    saved = str(tmp_path / "run/lofi/checkpoint.pt")
     command = torchrun(2 // nodes, "--max-restarts=1", *rendezvous, script=tmp_path / "late.py")
-    command += [checkpoint, *arguments(toy, tmp_path / "run", *overrides)]
+    command += [saved, *arguments(toy, tmp_path / "run", *overrides)]
     logs = [tmp_path / f"log{n}" for n in range(nodes)]
     agents = []
     for log in logs:
         with open(log, "w") as file:
             agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=ENV))
     try:
-        wait_for(checkpoint, agents[0])
+        wait_for(saved, agents[0])
         pid = agents[-1].pid
         with open(f"/proc/{pid}/task/{pid}/children") as file:
             os.kill(int(file.read().split()[-1]), signal.SIGKILL)
@@ -685,6 +685,17 @@ def dying(obj, file):
 torch.save = dying
 lofi_tal.main(sys.argv[2:])
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_ranks_end_with_their_launcher(toy, tmp_path, from_acp):
+    argv = arguments(toy, tmp_path / "run", "stages=[lofi]", "lofi.epochs=9999", from_acp)
+    command = [*torchrun(2, "--standalone"), *argv, "checkpoint_sec=0"]
+    agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV)
+    wait_for(tmp_path / "run/lofi/checkpoint.pt", agent)
+    agent.kill()
+    agent.communicate(timeout=20)  # until the last of its ranks has closed the log
+    RunFolder(tmp_path / "run").lock()
 
 
 def test_kill_9_in_an_epoch_and_while_a_checkpoint_is_written_lose_nothing(
