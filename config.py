@@ -12,9 +12,11 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -110,16 +112,15 @@ def _parse_yaml(text, source):
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{source} is not valid YAML: {error}") from None
+        raise InputError(f"{source} is not valid YAML: {str(error)[:500]}") from None
 
 
 def _read_yaml(path):
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = _parse_yaml(file, path) or {}
-    except OSError as error:
-        why = error.strerror
-        raise InputError(f"no config file {path} ({why}): name one of configs/") from None
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"no config file {path} ({error}): name one of configs/") from None
+    content = _parse_yaml(text, path) or {}
     if not isinstance(content, dict):
         raise InputError(f"{path} is a {type(content).__name__}, expected keys and values")
     return content
@@ -203,10 +204,8 @@ def flatten(cfg, where=""):
     """Return {"lofi.lr": 0.1, ...}."""
     flat = {}
     for key, value in cfg.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{where}{key}.")
-        else:
-            flat[f"{where}{key}"] = value
+        inner = isinstance(value, dict)
+        flat |= flatten(value, f"{where}{key}.") if inner else {f"{where}{key}": value}
     return flat
 
 
@@ -326,6 +325,13 @@ def _check_files(cfg, values, todo):
         word = values[key] in (None, "random", "torchvision", "own", "ground_truth")
         if stage in todo and not word and not os.path.isfile(values[key]):
             raise InputError(f"no file {values[key]} (config key {key})")
+    # The last stage reads them by rules of its own: now, not after days of training.
+    if "detect" in todo and val in subsets:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            class_scores(cfg, subsets[val])
+            if any(video.labels for video in subsets[val]):
+                evaluate.evaluate(cfg.data.annotations, {"results": {}}, subset=val)
 
 
 # ------------------------------------------------------------------------------- inputs of the run
@@ -425,10 +431,8 @@ def encoder_path(cfg, run, stage="features"):
 def git_commit():
     """Return what git calls this code, or None."""
     command = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-    try:
+    with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
 
 
 def snapshot(cfg):
