@@ -26,6 +26,9 @@ from tqdm import tqdm
 
 from media import InputError
 
+# What a file with other contents than expected may raise.
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+
 
 class RunFolder:
     """Know where a run keeps its files; a stage keeps its own in a folder of its name."""
@@ -83,8 +86,9 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be written: {reason}") from error
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -142,7 +146,8 @@ def files_fingerprint(paths):
 
 def seconds_of(path):
     """Return what an encoder file cost with all that it was made from; 0 if others made it."""
-    return load_state(path).get("seconds", 0.0) if os.path.isfile(path or "") else 0.0
+    seconds = load_state(path).get("seconds") if os.path.isfile(path or "") else None
+    return seconds if isinstance(seconds, (int, float)) else 0.0
 
 
 def remove_stale_parts(folder):
@@ -218,15 +223,19 @@ class Progress:
         saved = load_checkpoint(self.path, self.ddp.log)
         if saved is None:
             return
-        before, now = saved["trained_on"], metadata["trained_on"]
+        before, now = saved.get("trained_on"), metadata["trained_on"]
         if before != now:
             words = f"{self.path} was trained on other data: {before}, now {now}"
             raise InputError(f"{words}.\nRestore those data, or remove {self.folder} to train anew")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.epoch, self.step = saved["epoch"], saved["step"]
-        self.sums, self.history = saved["sums"], saved["history"]
-        self.started -= saved["seconds"]
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.epoch, self.step = int(saved["epoch"]), int(saved["step"])
+            self.sums, self.history = dict(saved["sums"]), list(saved["history"])
+            self.started -= saved["seconds"]
+        except DAMAGE as error:
+            words = f"{self.path} is not a checkpoint of this training ({str(error)[:200]})"
+            raise InputError(f"{words}; remove it to start this stage again") from None
         self._write_history()  # a kill may have come between the checkpoint and this
         self.ddp.log(f"{self.folder}: resuming at epoch {self.epoch + 1}, step {self.step + 1}")
 

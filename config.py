@@ -51,6 +51,8 @@ STAGES = {
     "detect": "metrics.json",
 }
 
+MADE = (*STAGES, "proposals.json", "result.json", "metrics.json")
+
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every"}
 COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
@@ -66,6 +68,9 @@ encoder.recompute, in stage features a smaller features.chunk_snippets, else a s
 @contextlib.contextmanager
 def one_line_errors(program):
     """End a program with one line for what its user can mend; a slip of ours stays a traceback."""
+    # Closed, as by `>&-`; what is opened here takes that place for good.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     except INPUT_ERRORS as error:
@@ -108,11 +113,21 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, "-+0123456789")
 
 
-def _parse_yaml(text, source):
+def _parse_yaml(text, source, most=10_000):
     try:
-        return yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{source} is not valid YAML: {str(error)[:500]}") from None
+    # A few lines with anchors may stand for billions of values.
+    open_nodes, count = [content], 0
+    while open_nodes and count < most:
+        node = open_nodes.pop()
+        count += 1
+        if isinstance(node, (dict, list)):
+            open_nodes += node.values() if isinstance(node, dict) else node
+    if open_nodes:
+        raise InputError(f"{source} has more than {most} values")
+    return content
 
 
 def _read_yaml(path):
@@ -197,7 +212,10 @@ def saved_config(folder):
     path = RunFolder(folder).config
     if not os.path.isfile(path):
         raise InputError(f"no {path}: name the folder of a run, such as runs/toy-0/lofi")
-    return merge(load_json(path), {})
+    try:
+        return merge(_read_yaml(DEFAULT), load_json(path))
+    except (InputError, AttributeError) as error:
+        raise InputError(f"{path} is not the config of a run: {error}") from None
 
 
 def flatten(cfg, where=""):
@@ -248,9 +266,13 @@ def check(cfg, files=True):
     listed = [stage for stage in STAGES if stage in cfg.stages]
     pending = [stage for stage in listed if not os.path.exists(f"{cfg.out}/{STAGES[stage]}")]
     values = flatten(cfg)
-    for key, holds, expected in itertools.chain(_rules_of_one(values), _rules(cfg, pending)):
+    launcher = [os.environ.get(key, "") for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    if "RANK" in os.environ and not (launcher[0].isdigit() and all(launcher)):
+        raise InputError("RANK is set, but not all that torchrun sets: use torchrun, or unset RANK")
+    rules = (_rules_of_one(values), _rules(cfg, pending), _rules_of_heads(cfg))
+    for key, holds, expected in itertools.chain(*rules):
         if not holds:
-            raise InputError(f"config key {key} is {values[key]!r}, expected {expected}")
+            raise InputError(f"config key {key} is {values[key]!r:.200}, expected {expected}")
     run_fidelities(cfg)
     if files:
         _check_files(cfg, values, set(pending))
@@ -282,9 +304,12 @@ def _rules(cfg, pending):
     yield "data.annotations", cfg.data.annotations, "a file"
     words = "true with video.rate, false without, for features of the run's own"
     yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
+    yield "video.crop", cfg.video.crop <= 1, "a number in (0, 1]"
+    target_clips = "pretrain" in pending and "acp_plus" in cfg.pretrain.method
+    needed = target_clips or not {"lofi", "features"}.isdisjoint(pending)
+    yield "data.frames", cfg.data.frames or not needed, "a folder"
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
     yield "device", not no_gpu, "auto or cpu, as torch finds no GPU here"
-    yield "gtad.kernel", cfg.gtad.kernel % 2, "an odd number"
     names = ["full", *cfg.fidelities]
     words = f"a list of {', '.join(names)}"
     yield "lofi.fidelities", lofi.fidelities and all(f in names for f in lofi.fidelities), words
@@ -308,6 +333,23 @@ def _rules(cfg, pending):
         yield f"{name}.batch_size", block["batch_size"] % parts == 0, words
 
 
+def _rules_of_heads(cfg):
+    """Yield the same of the sizes of both heads."""
+    gtad = cfg.gtad
+    yield "gtad.kernel", gtad.kernel % 2, "an odd number"
+    for key, head in {"gtad": gtad, "bmn": cfg.bmn}.items():
+        whole = [isinstance(width, int) and width > 0 for width in head.map_hidden]
+        yield f"{key}.map_hidden", len(whole) == 2 and all(whole), "two whole numbers above 0"
+    for key, groups, width in (
+        ("gtad.gcn_groups", gtad.gcn_groups, "gcn_width"),
+        ("gtad.stem_groups", gtad.stem_groups, "hidden"),
+        ("bmn.groups", cfg.bmn.groups, "hidden"),
+    ):
+        head = key.partition(".")[0]
+        holds = cfg[head][width] % groups == 0
+        yield key, holds, f"a divisor of {head}.{width}, {cfg[head][width]}"
+
+
 def _check_files(cfg, values, todo):
     subsets = read_annotations(cfg.data.annotations)
     train = cfg.data.train_subset if {"lofi", "head"} & todo else None
@@ -315,9 +357,10 @@ def _check_files(cfg, values, todo):
     from_truth = cfg.detect.class_scores == "ground_truth"
     data.check_segments(subsets, train=train, val=val, needs_classes=from_truth)
     target_clips = "pretrain" in todo and "acp_plus" in cfg.pretrain.method
-    if target_clips or {"lofi", "features"} & todo:
+    kind = "frames" if target_clips or {"lofi", "features"} & todo else "features"
+    if kind == "frames" or (cfg.data.features and {"sola", "head"} & todo):
         for split in ("train", "val"):
-            load_videos(cfg, split, cfg.data.frames, "frames", log=lambda message: None)
+            load_videos(cfg, split, cfg.data[kind], kind, log=lambda message: None)
     # A finished encoder is read by the first stage that has to do with one.
     first = next((s for s in ("pretrain", "lofi", "features") if s in cfg.stages), None)
     readers = {"pretrain.init": "pretrain", "pretrain.pretrained": first}
@@ -370,11 +413,15 @@ def feature_source(cfg, run, raw=False):
     return run.sola_features if after_sola else cfg.data.features or run.features
 
 
-def feature_dataset(cfg, run, split, log=print, classes=None, raw=False):
+def feature_dataset(cfg, run, split, log=print, raw=False):
     """Return the features that the head sees, or their windows; raw: what SoLa sees."""
     source = feature_source(cfg, run, raw)
     videos = load_videos(cfg, split, source, "features", log)
-    dataset = data.FeatureDataset(videos, source, classes or data.class_names(videos))
+    dataset = data.FeatureDataset(videos, source, data.class_names(videos))
+    L, C = dataset.num_snippets(0), dataset.channels
+    log(f"{split}: features of {len(videos)} videos, in the first {L} snippets x {C} channels")
+    if C == cfg.video.snippets != L:
+        log(f"{split}: are there {C} snippets of {L} channels? files must hold (L, C): transpose")
     if raw or not cfg.data.windows:
         return dataset
     return data.WindowDataset(dataset, cfg.video.snippets, train=split == "train")
@@ -500,20 +547,25 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
     run = RunFolder(cfg.out)
     if ddp.is_main:
         run.lock()
+    remedy = "name another folder with --set out=..., or remove that one yourself"
+    exists = os.path.exists(run.config)
+    foreign = [path for path in map(f"{cfg.out}/{{}}".format, MADE) if os.path.exists(path)]
+    if foreign and not exists:
+        raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
+    old = saved_config(cfg.out) if exists else cfg
     # Of a start from which nothing came.
     ours = ("config.json", "versions.json", "inputs.json", "lock")
     made = (name for _, _, names in os.walk(cfg.out) for name in names if not name.startswith(ours))
-    if os.path.exists(run.config) and any(made):
-        old = saved_config(cfg.out)
+    if exists and any(made):
         if lines := differences(old, cfg):
             title = f"{cfg.out} was created with a different config:"
-            remedy = "name another folder with --set out=..., or remove that one yourself"
             raise InputError("\n".join([title, *lines, remedy]))
         # What was once made stays in the record.
         cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
     if ddp.is_main:
         check_inputs(cfg, run, pending, ddp.log)
-        remove_stale_parts(cfg.out)
+        if exists:
+            remove_stale_parts(cfg.out)
         versions = {"git": git_commit(), "python": sys.version.split()[0]}
         versions |= {library.__name__: library.__version__ for library in (torch, torchvision, np)}
         versions |= {"device": str(ddp.device), "machine": machine_name(ddp.device)}

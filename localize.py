@@ -35,7 +35,7 @@ import config
 import data
 import evaluate
 import media
-from checkpoint import RunFolder, load_json, load_state, peak_memory_gb
+from checkpoint import RunFolder, load_json, peak_memory_gb
 from localizer import Distributed, Localizer, build_encoder, extract_features, predict
 from media import InputError
 from sola import SoLa
@@ -73,9 +73,8 @@ def load(run, device="auto", chunk_snippets=None):
     if missing:
         raise InputError(f"{run} is not finished: no {missing[0]}")
     encoder = build_encoder(**cfg.encoder, weights=config.encoder_path(cfg, folder))
-    saved = load_state(folder.head)
-    localizer = Localizer(cfg.tal_head, cfg[cfg.tal_head], encoder.channels, saved["classes"])
-    localizer.load_state_dict(saved["model"])
+    sizes = (cfg[cfg.tal_head], encoder.channels)
+    localizer, _ = Localizer.load(folder.head, cfg.tal_head, *sizes)
     for module in (encoder, localizer):
         module.to(device).eval().requires_grad_(False)
     sola = SoLa.load(folder.sola).to(device) if "sola" in cfg.stages else None
@@ -243,7 +242,7 @@ def main(argv=None):
         parser.error(f"--chunk-snippets {args.chunk_snippets}: expected at least 1")
     out = args.out or f"{args.run}/localized"
     result_path = RunFolder(out).result
-    try:
+    with config.one_line_errors("localize.py"):
         if not args.no_picture and importlib.util.find_spec("matplotlib") is None:
             raise InputError("pictures need matplotlib: pip install matplotlib; or --no-picture")
         # Complain about these now, not after the videos.
@@ -252,10 +251,6 @@ def main(argv=None):
         model = load(args.run, args.device, args.chunk_snippets)
         names = localize_files(model, args.videos, result_path, args.run)
         drawn = args.no_picture or not names or draw_pictures(out, names, args.gt)
-    except config.INPUT_ERRORS as error:
-        sys.exit(f"localize.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("localize.py: interrupted; the videos that are done are in the result")
     summary = f"{len(names)} of {len(args.videos)} videos" + (f" -> {result_path}" if names else "")
     summary += "" if drawn else "; some pictures are missing"
     print(f"{summary}; peak memory {peak_memory_gb(model.device):.2f} GB")

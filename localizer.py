@@ -31,6 +31,7 @@ from media import InputError
 from video_encoders import VideoEncoder
 
 HEADS = {"gtad": gtad.GTAD, "bmn": bmn.BMN}
+GROUPS = {"gtad": "stem_groups", "bmn": "groups"}  # of the convolution that sees the features
 
 
 def build_encoder(name="tsm", *, weights="random", compile=False, **sizes):
@@ -152,7 +153,11 @@ class Localizer(nn.Module):
     def __init__(self, head, sizes, channels, classes=(), encoder=None):
         super().__init__()
         self.encoder = encoder
-        self.head = HEADS[head](in_channels=channels, **sizes)
+        try:
+            self.head = HEADS[head](in_channels=channels, **sizes)
+        except ValueError as error:
+            words = f"{head} does not fit features of {channels} channels: {error}"
+            raise InputError(f"{words}; set {head}.{GROUPS[head]} to a divisor of that") from None
         self.classes = list(classes)
         self.classifier = None
         if classes:
@@ -160,6 +165,18 @@ class Localizer(nn.Module):
             self.register_buffer("mean", torch.zeros(channels))
             self.register_buffer("std", torch.ones(channels))
             self.register_buffer("video_std", torch.ones(channels))
+
+    @classmethod
+    def load(cls, path, head, sizes, channels):
+        """Return the model that stage head saved, and what it saved beside."""
+        saved = {"seconds": 0.0, "trained_on": None} | checkpoint.load_state(path)
+        try:
+            model = cls(head, sizes, channels, saved["classes"])
+            model.load_state_dict(saved["model"])
+        except checkpoint.DAMAGE as error:
+            words = f"{path} is not a {head} of the config's sizes for {channels} channels"
+            raise InputError(f"{words} ({' '.join(str(error).split())[:300]})") from None
+        return model, saved
 
     def forward(self, x):
         """Map frames (B, L, T, 3, H, W) or features (B, C, L) to the head's outputs and classes.

@@ -210,10 +210,9 @@ def head_stage(cfg, run, ddp):
 def detect_stage(cfg, run, ddp):
     """Find segments in the validation videos, each rank its share; NMS, classes, metrics."""
     started = time.monotonic()
-    saved = checkpoint.load_state(run.head)
-    dataset = config.feature_dataset(cfg, run, "val", ddp.log, classes=saved["classes"])
-    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], dataset.channels, saved["classes"])
-    model.load_state_dict(saved["model"])
+    dataset = config.feature_dataset(cfg, run, "val", ddp.log)
+    sizes = (cfg[cfg.tal_head], dataset.channels)
+    model, saved = Localizer.load(run.head, cfg.tal_head, *sizes)
     model.to(ddp.device).eval()
     class_scores, source = config.class_scores(cfg, dataset.videos)
     full = config.run_fidelities(cfg)["full"]

@@ -205,6 +205,41 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, whole, 
     assert checkpoint.load_checkpoint(tmp_path / "none.pt") is None
 
 
+@pytest.mark.parametrize(
+    "change", [{"model": {}}, {"optimizer": {}}, {"epoch": "x"}, {"sums": 3}, {"seconds": None}]
+)
+def test_a_foreign_checkpoint_is_named(change, tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(1, 2): terminate})
+    path = f"{tmp_path}/test/checkpoint.pt"
+    torch.save(checkpoint.load_checkpoint(path) | change, path)
+    with pytest.raises(InputError, match="not a checkpoint of this training"):
+        train(tmp_path)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def write(file):
+        torch.save({"x": torch.zeros(10**6)}, Full(file))
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+            self.left = 100_000
+
+        def write(self, content):
+            self.left -= len(content)
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(content)
+
+        def flush(self):
+            self.file.flush()
+
+    with pytest.raises(InputError, match=r"x\.pt cannot be written"):
+        checkpoint.write_atomic(f"{tmp_path}/x.pt", write)
+    assert os.listdir(tmp_path) == []
+
+
 def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
     """Through torchrun; the gradients of a mean loss are averaged over ranks."""
     script = tmp_path / "run.py"

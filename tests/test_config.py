@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -181,6 +182,14 @@ def test_every_key_is_read_by_something():
         "fidelities.S=[100, 20]",
         "tal_head=afsd",
         "gtad.kernel=2",
+        "gtad.map_hidden=[64]",
+        "gtad.map_hidden=[64, -1]",
+        "gtad.gcn_groups=5",
+        "gtad.stem_groups=3",
+        "bmn.map_hidden=[]",
+        "bmn.groups=3",
+        "video.crop=1.25",
+        "data.frames=",
         "gtad.durations=0",
         "pretrain.acp.batch_size=0",
         "lofi.fidelities=[X]",
@@ -255,6 +264,9 @@ def test_batches_that_do_not_divide_are_found_before_the_first_stage(tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "no annotation file" in check()  # of something else: torchrun sets RANK, too
     monkeypatch.setenv("RANK", "0")
+    assert "RANK is set, but not all that torchrun sets" in check()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert "lofi.batch_size is 8, expected a multiple of 3" in check()
     os.makedirs(tmp_path / "run/lofi")
     (tmp_path / "run/lofi/encoder.pt").touch()  # what is done needs no batches
@@ -335,16 +347,70 @@ def test_what_only_costs_time_counts_where_it_is_asked_for():
     assert lines == ["  features.chunk_snippets: 32 there, 8 now"]
 
 
-def test_what_a_killed_start_was_writing_is_removed(tmp_path):
+def test_what_a_killed_start_was_writing_is_removed_in_our_own_folders_only(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / "run/features").mkdir(parents=True)
-    old = tmp_path / f"run/features/v1.npy.part-{dead.pid}"
-    own = tmp_path / f"run/features/v2.npy.part-{os.getpid()}"
+    (tmp_path / "run/videos").mkdir(parents=True)
+    old = tmp_path / f"run/videos/v1.npy.part-{dead.pid}"
+    own = tmp_path / f"run/videos/v2.npy.part-{os.getpid()}"
     old.touch()
     own.touch()
     config.open_run(toy(f"out={tmp_path}/run"), ALONE)
+    assert old.exists() and own.exists()  # the folder was somebody else's
+    config.open_run(toy(f"out={tmp_path}/run"), ALONE)
     assert not old.exists() and own.exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "features"])
+def test_a_folder_with_files_of_others_is_refused(name, tmp_path):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / f"run/{name}"
+    path.write_text('{"a": 1}')
+    with pytest.raises(InputError, match=r"not the config of a run|config\.json does not"):
+        config.open_run(toy(f"out={tmp_path}/run"), ALONE)
+    assert path.read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', '{"encoder": 3}', "{nope"])
+def test_a_foreign_config_of_a_run_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json (is not the config of|cannot be read)"):
+        config.saved_config(tmp_path)
+
+
+def test_a_few_lines_of_yaml_do_not_become_billions(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="more than 10000 values"):
+        config.load_config(tmp_path / "bomb.yaml")
+
+
+def test_what_the_last_stage_reads_is_read_before_the_first(tmp_path):
+    segment = {"segment": [0, 1], "label": "jump"}
+    database = {
+        name: {"subset": subset, "duration": 2, "annotations": [segment]}
+        for name, subset in {"a": "training", "b": "validation"}.items()
+    }
+    (tmp_path / "annotations.json").write_text(json.dumps({"database": database}))
+    (tmp_path / "scores.json").write_text("{nope")
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.ones((9, 10), np.float32))
+    sources = [f"data.annotations={tmp_path}/annotations.json", f"data.features={tmp_path}"]
+    cfg = toy(*sources, "stages=[head, detect]", f"out={tmp_path}/run", "data.windows=false")
+    assert config.check(cfg) == ["head", "detect"]
+    cfg.detect["class_scores"] = f"{tmp_path}/scores.json"
+    with pytest.raises(config.INPUT_ERRORS, match=r"scores\.json cannot be read"):
+        config.check(cfg)
+
+
+def test_a_closed_terminal_is_none_to_fail_at(tmp_path):
+    code = "import config\nwith config.one_line_errors('x'):\n"
+    code += f"    print(1)\n    raise config.InputError(open({str(tmp_path / 'a')!r}, 'w').name)"
+    environment = {**os.environ, "PYTHONPATH": config.HERE}
+    command = f'{sys.executable} -c "$1" >&- 2>&-'
+    done = subprocess.run(["sh", "-c", command, "sh", code], env=environment)
+    assert done.returncode == 1 and (tmp_path / "a").read_text() == ""
 
 
 def test_no_git_is_no_error(monkeypatch):

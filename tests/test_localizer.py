@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import checkpoint
 import gtad
 import localizer
 from localizer import Distributed, Localizer, extract_features, localization_step
+from media import InputError
 from tsm import TSM
 
 SIZES = {
@@ -195,6 +197,26 @@ def test_build_encoder_gives_each_network_its_own_sizes():
     assert encoder.name == "r3d_18" and encoder.channels == 64
     with pytest.raises(ValueError, match="r9d"):
         localizer.build_encoder("r9d")
+
+
+@pytest.mark.parametrize("change", [{"classes": 3}, {"model": {}}, {"model": 1}, {"foreign": 1}])
+def test_a_foreign_head_is_named(change, tmp_path):
+    sizes = {"hidden": 8, "map_hidden": (8, 4), "groups": 1, "samples": 2}
+    model = Localizer("bmn", sizes, 4, ["jump"])
+    path = f"{tmp_path}/head.pt"
+    checkpoint.save_weights(model, path, classes=["jump"])
+    same, saved = Localizer.load(path, "bmn", sizes, 4)
+    assert same.classes == ["jump"] and saved["seconds"] == 0.0
+    with pytest.raises(InputError, match=r"head\.pt is not a bmn .* for 8 channels"):
+        Localizer.load(path, "bmn", sizes, 8)
+    torch.save(change if "foreign" in change else torch.load(path) | change, path)
+    with pytest.raises(InputError, match=r"head\.pt is not a bmn"):
+        Localizer.load(path, "bmn", sizes, 4)
+
+
+def test_channels_that_do_not_divide_are_named():
+    with pytest.raises(InputError, match=r"11 channels.*set gtad\.stem_groups"):
+        Localizer("gtad", {}, 11)
 
 
 def test_only_the_main_process_logs(capsys):

@@ -809,7 +809,7 @@ def test_bad_input_is_one_clear_error(whole, toy, tmp_path):
         "detect.class_scores=cuhk.json": "no file cuhk.json (config key detect.class_scores)",
         "pretrain.pretrained=none.pt": "no file none.pt (config key pretrain.pretrained)",
         "stages=[features]": "needs an encoder",
-        "stages=[detect]": "head.pt",
+        "stages=[detect]": "8 of 8 videos have no features",
     }
     for override, words in cases.items():
         assert words in error_of([*argv, override])
