@@ -1,11 +1,12 @@
 """Localize actions with the BMN head: features (B, C, L) -> start, end (B, L), map (B, 2, L, L).
 
 Lin et al., BMN: Boundary-Matching Network for Temporal Action Proposal Generation, ICCV 2019, in
-the shape of its PyTorch release. The same calls as gtad.GTAD; targets, losses and decoding are
-gtad.py's, the latter with boundary_scores=True. As in gtad.py, the Conv3d over the 32 samples is
-applied to the snippets before they are sampled, and the (256, 32, L, L) map is never built.
+the shape of its PyTorch release. Calls, targets, losses and decoding (boundary_scores=True) are
+gtad.py's; as there, the Conv3d over the 32 samples is applied to the snippets before they are
+sampled, and the (256, 32, L, L) map is never built.
 
-Legend: B videos, C channels, L snippets, A pairs. Cell (d, s) covers snippets s .. s + d.
+Legend: B videos, C channels, L snippets, A pairs. Cell (d, s) covers snippets s .. s + d;
+where these leave the video, the release has no pair, and the cell is 0.
 """
 
 import functools
@@ -14,17 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gtad import (
-    Alignment,
-    anchor_grid,
-    build_alignment,
-    confidence,
-    convolve_bins,
-    map_layers,
-    score_map,
-)
-
-POINTS = 3  # interpolated points averaged into one sample
+from gtad import Alignment, anchor_grid, confidence, map_layers, score_map
 
 
 def sample(s: Tensor, e: Tensor, L: int, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,35 +29,32 @@ def sample(s: Tensor, e: Tensor, L: int, samples: int) -> tuple[Tensor, Tensor, 
     """
     n = (e + 1 - s).double()
     low = s - (n + 1) / 2
-    step = (2 * n + 1) / (samples * POINTS - 1)
-    count = torch.arange(samples * POINTS, dtype=torch.float64)
+    step = (2 * n + 1) / (samples * 3 - 1)
+    count = torch.arange(samples * 3, dtype=torch.float64)
     point = low[:, None] + step[:, None] * count  # (A, points)
     point = torch.where((point > -1) & (point < 0), 0, point)
     below = point.floor()
     snippet = torch.stack([below, below + 1], dim=2).long()  # (A, points, 2)
-    value = torch.stack([1 - (point - below), point - below], dim=2) / POINTS
+    value = torch.stack([1 - (point - below), point - below], dim=2) / 3
     inside = (value > 0) & (snippet >= 0) & (snippet < L)
     pair, i, side = inside.nonzero(as_tuple=True)
-    return pair, i // POINTS, snippet[pair, i, side], value[pair, i, side]
+    return pair, i // 3, snippet[pair, i, side], value[pair, i, side]
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def sampling(L: int, samples: int, device, dtype) -> Alignment:
     """Return the Alignment of the pairs s <= e of an (L, L) map, s as row; all others are zero."""
-    with torch.inference_mode(False), torch.no_grad():
-        s, e = torch.triu_indices(L, L)
-        pair, b, snippet, value = sample(s, e, L, samples)
-        entries = (pair, snippet * samples + b, value)
-        shape = (len(s) + 1, L * samples)
-        return build_alignment(entries, shape, s * L + e, device, dtype)
+    s, e = torch.triu_indices(L, L)
+    valid = torch.ones(L, L, dtype=torch.bool).triu()
+    return Alignment([sample(s, e, L, samples)], (samples,), valid, device, dtype)
 
 
 class BMN(nn.Module):
     """The boundary-matching network. Parameter names and shapes, and sizes, are the release's.
 
-    in_channels: C of the features. hidden: channels of the 1-d convolutions. map_hidden: the two
-    widths of the map's. samples: of a pair. groups: of the 1-d convolutions, the proposal branch's
-    excepted.
+    in_channels: C. hidden: channels of the 1-d convolutions, groups theirs, the proposal branch's
+    excepted. map_hidden: the two widths of the map's convolutions. samples: of a pair.
     """
 
     def __init__(
@@ -80,7 +68,6 @@ class BMN(nn.Module):
     ):
         super().__init__()
         self.samples = samples
-        wide, narrow = map_hidden
 
         def conv(channels, groups=groups):
             return nn.Conv1d(channels, hidden, 3, padding=1, groups=groups)
@@ -92,14 +79,11 @@ class BMN(nn.Module):
         self.x_1d_s = boundary()
         self.x_1d_e = boundary()
         self.x_1d_p = nn.Sequential(conv(hidden, 1), nn.ReLU())
-        self.x_3d_p = nn.Sequential(nn.Conv3d(hidden, wide, (samples, 1, 1)), nn.ReLU())
-        self.x_2d_p = map_layers(wide, narrow, 3)
+        self.x_3d_p = nn.Sequential(nn.Conv3d(hidden, map_hidden[0], (samples, 1, 1)), nn.ReLU())
+        self.x_2d_p = map_layers(*map_hidden, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, C, L) to start, end (B, L) and map (B, 2, L, L), in [0, 1], at least float32.
-
-        Map cells with s + d >= L, which the release has no pair for, are 0.
-        """
+        """Map (B, C, L) to start, end (B, L) and map (B, 2, L, L), in [0, 1], at least float32."""
         C = self.x_1d_b[0].in_channels
         if x.dim() != 3 or x.shape[1] != C:
             raise ValueError(f"BMN got {tuple(x.shape)}, expected (B, {C}, L)")
@@ -108,10 +92,9 @@ class BMN(nn.Module):
         start = confidence(self.x_1d_s[2], self.x_1d_s[:2](base).transpose(1, 2)).squeeze(2)
         end = confidence(self.x_1d_e[2], self.x_1d_e[:2](base).transpose(1, 2)).squeeze(2)
 
-        conv = self.x_3d_p[0]
-        y = convolve_bins(conv, [self.x_1d_p(base).transpose(1, 2)], [self.samples])
-        pairs = sampling(L, self.samples, y.device, y.dtype)
-        z = score_map(self.x_2d_p, y, conv.bias, pairs, (L, L))  # start is row, end column
+        features = self.x_1d_p(base).transpose(1, 2)
+        pairs = sampling(L, self.samples, features.device, features.dtype)
+        z = score_map((self.x_3d_p[0], *self.x_2d_p[::2]), [features], pairs)  # row s, column e
         s, d, valid = anchor_grid(L, L, x.device)
         return start, end, z[:, :, s, (s + d).clamp_max(L - 1)] * valid
 

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 class SoLa(nn.Module):
     """x + tanh(alpha) f(x) on (B, C, L), any L; f is three convolutions and two ReLUs.
 
-    The gate alpha starts at 0, so that the module is the identity before training. The buffers
-    `mean` and `std` (C,) standardize the input where they are set: the similarity of features that
-    share a large mean is close to 1 whatever they show. Until then they change nothing.
+    The gate alpha starts at 0: before training the module is the identity. The buffers `mean` and
+    `std` (C,), once set, standardize the input: the similarity of features that share a large mean
+    is close to 1 whatever they show.
     """
 
     def __init__(self, channels: int, hidden: int = 512, kernel: int = 5):
@@ -35,8 +35,7 @@ class SoLa(nn.Module):
         self.sizes = {"channels": channels, "hidden": hidden, "kernel": kernel}
         first = nn.Conv1d(channels, hidden, kernel, padding=kernel // 2)
         second = nn.Conv1d(hidden, hidden, 1)
-        third = nn.Conv1d(hidden, channels, 1)
-        self.f = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+        self.f = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv1d(hidden, channels, 1))
         self.alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -55,9 +54,8 @@ class SoLa(nn.Module):
         # The first convolution runs on the windows of these positions, side by side.
         first = self.f[0]
         kernel = self.sizes["kernel"]
-        padded = F.pad(x, (kernel // 2, kernel // 2))
-        h = padded.unfold(2, kernel, 1)[:, :, positions].flatten(2)  # (B, C, n * kernel)
-        h = F.conv1d(h, first.weight, first.bias, stride=kernel)
+        windows = F.pad(x, (kernel // 2, kernel // 2)).unfold(2, kernel, 1)[:, :, positions]
+        h = F.conv1d(windows.flatten(2), first.weight, first.bias, stride=kernel)
         return x[:, :, positions] + self.alpha.tanh() * self.f[1:](h)
 
     @classmethod
@@ -76,9 +74,6 @@ class Predictor(nn.Sequential):
         super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
 
 
-# ---------------------------------------------------------------------------- similarity matching
-
-
 def similarity_target(n: int, coefficient: float = 16.0) -> Tensor:
     """Return sigmoid(coefficient / (i - j)^2) of n gathered snippets i, j; (n, n), diagonal 1."""
     i = torch.arange(n, dtype=torch.float64)
@@ -89,9 +84,8 @@ def similarity_matching_loss(features: Tensor, predictor: Callable, target: Tens
     """Return the mean binary cross-entropy between predicted similarities and `target`.
 
     features (B, C, n), gathered module output; predictor: (B, n, C) -> (B, n, C); target (n, n) in
-    [0, 1]. The predicted similarity of i and j is (1 + cos(z_i, predictor(z_j))) / 2, where z_i is
-    a constant (stop-gradient): only predictor(z_j) carries gradient. It is kept 1e-6 away from 0
-    and 1, and a zero vector has cosine 0 with everything, so that loss and gradient are finite.
+    [0, 1]. The predicted similarity of i and j is (1 + cos(z_i, predictor(z_j))) / 2, where z_i has
+    no gradient. Kept 1e-6 from 0 and 1, a zero vector's cosine 0: loss and gradient are finite.
     """
     eps = 1e-6
     z = features.transpose(1, 2)  # (B, n, C)
@@ -109,10 +103,7 @@ def similarity_floor(target: Tensor) -> Tensor:
 
 
 def sample_subsequences(lengths, length: int = 23, *, generator=None) -> Tensor:
-    """Draw the first snippet of a random subsequence of each video, uniform over all that fit.
-
-    lengths: B numbers of snippets, at least `length`. Returns (B,) int64 in [0, lengths - length].
-    """
+    """Draw the first snippet of a subsequence of each video, uniform over all that fit: (B,)."""
     lengths = torch.as_tensor(lengths)
     if (lengths < length).any():
         raise ValueError(f"a video has {lengths.min()} snippets, a subsequence {length}")
@@ -121,10 +112,7 @@ def sample_subsequences(lengths, length: int = 23, *, generator=None) -> Tensor:
 
 
 def spread(features: Tensor) -> Tensor:
-    """Return how far apart the directions of all snippets (B, C, L) lie, in [0, 1].
-
-    Root mean square distance of unit vectors from their mean: 0 is collapse, 1 cancelling out.
-    """
+    """Return how far snippets' directions are from their mean (RMS), in [0, 1]: 0 is collapse."""
     unit = F.normalize(features.float(), dim=1, eps=1e-6)
     return (unit - unit.mean((0, 2), keepdim=True)).square().sum(1).mean().sqrt()
 
@@ -147,10 +135,9 @@ class SimilarityMatching(nn.Module):
 
 
 def similarity_step(net: nn.Module, batch: dict, autocast: Callable, generator=None) -> dict:
-    """Run forward, in the context autocast(), and backward of a SimilarityMatching or DDP of one.
+    """Run forward and backward of a SimilarityMatching, or DDP of one; return detached scalars.
 
-    batch["features"]: (B, C, length), subsequences. generator: unused, as nothing is drawn here.
-    Returns detached scalars: loss, its floor, spread of the module's output, gate tanh(alpha).
+    autocast(): the context of forward. batch["features"]: (B, C, length). generator: unused.
     """
     model = getattr(net, "module", net)
     with autocast():

@@ -8,15 +8,14 @@ features as in LoFi, NeurIPS 2021, section 3: frame features after pooling, aver
     features = encoder(torch.randint(0, 256, (2, 100, 8, 3, 112, 112), dtype=torch.uint8))
     load_weights(encoder, "torchvision")  # ImageNet's; or a checkpoint, the TSM release's too
 
-Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and torchvision only:
-copy this file where you need it.
+Legend: B videos, C channels, L snippets, T frames a snippet. The file stands alone.
 """
 
 import copy
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-ARCHITECTURES = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-}
+NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # by depth and stage
 
 
 class InputError(ValueError):
@@ -69,16 +64,14 @@ def temporal_shift(x: Tensor, frames: int, div: int = 8) -> Tensor:
 
 def shifted_conv(conv: nn.Conv2d, x: Tensor, frames: int, div: int) -> Tensor:
     """Return conv(temporal_shift(x)) without holding a second, shifted copy of x for backward."""
-    if not div:
-        return conv(x)
-    shifted = temporal_shift(x, frames, div)
-    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+    shifted = temporal_shift(x, frames, div) if div else x
+    if not div or torch.compiler.is_compiling():  # the compiler decides itself what to keep
         return conv(shifted)
 
     # A convolution saves its input for the gradient of its weight: here `shifted`, as large as x,
-    # which is kept anyway, as the output of a ReLU that saves it for its own gradient. So where
-    # autograd would save `shifted`, known by its address, the hooks save x, in a tuple as a mark,
-    # and shift again when the backward pass asks for it. Saves an eighth of the memory.
+    # which is kept anyway, as the output of a ReLU. So where autograd would save `shifted`, known
+    # by its address, save x, in a tuple as a mark, and shift again in the backward pass: an eighth
+    # less memory.
     address = shifted.data_ptr()
 
     def pack(tensor):
@@ -107,7 +100,7 @@ class TSM(nn.Module):
     depth: 18, 34 or 50. width: channels of the first stage (64 in the papers). shift_div: 1 in
     shift_div channels is shifted each way; 0: none (TSN: an image network, frame by frame).
     maxpool: False for frames much smaller than 112 pixels. frozen_bn: BatchNorm keeps its running
-    statistics in training too (its scale and offset still learn): features then depend neither on
+    statistics in training too, and learns scale and offset only: features then depend neither on
     the batch nor on its spread over GPUs. recompute: activation checkpointing, a third more time
     for much less memory; with frozen_bn only, as a second run would count into the statistics.
     """
@@ -118,9 +111,9 @@ class TSM(nn.Module):
         self, *, depth=18, width=64, shift_div=8, maxpool=True, frozen_bn=False, recompute=False
     ):
         super().__init__()
-        if depth not in ARCHITECTURES:
-            raise InputError(f"TSM got depth {depth}, expected one of {list(ARCHITECTURES)}")
-        block, counts = ARCHITECTURES[depth]
+        if depth not in NUM_BLOCKS:
+            raise InputError(f"TSM got depth {depth}, expected one of {list(NUM_BLOCKS)}")
+        block = BasicBlock if depth < 50 else Bottleneck
         self.shift_div = shift_div
         self.maxpool = maxpool
         self.frozen_bn = frozen_bn
@@ -131,12 +124,11 @@ class TSM(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, 2, 1) if maxpool else nn.Identity()
         channels = width
-        for stage, count in enumerate(counts):
+        for stage, count in enumerate(NUM_BLOCKS[depth]):
             planes = width * 2**stage
             out = planes * block.expansion
             blocks = []
-            for i in range(count):
-                stride = 2 if stage and not i else 1
+            for stride in [2 if stage else 1] + [1] * (count - 1):
                 downsample = None
                 if stride > 1 or channels != out:
                     conv = nn.Conv2d(channels, out, 1, stride, bias=False)
@@ -152,9 +144,12 @@ class TSM(nn.Module):
             self.register_buffer(key, 255 * torch.tensor(rgb).view(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)
 
-    def train(self, mode: bool = True) -> "TSM":
+    def train(self, mode: bool = True):
         super().train(mode)
-        return freeze_batchnorm(self) if self.frozen_bn else self
+        for m in self.modules():
+            if self.frozen_bn and isinstance(m, _BatchNorm):
+                m.eval()
+        return self
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames (B, L, T, 3, H, W), uint8 or float in [0, 255], any size, to (B, C, L)."""
@@ -173,26 +168,14 @@ class TSM(nn.Module):
         return x.mean(2).transpose(1, 2)
 
 
-def freeze_batchnorm(module: nn.Module) -> nn.Module:
-    """Put BatchNorm of any dimension in evaluation mode; its scale and offset still learn."""
-    for m in module.modules():
-        if isinstance(m, _BatchNorm):
-            m.eval()
-    return module
-
-
 @torch.no_grad()
-def recalibrate_batchnorm(
-    encoder: nn.Module, batches: Iterable[Tensor], reduce: Callable = lambda sums: sums
-) -> None:
+def recalibrate_batchnorm(encoder: nn.Module, batches: Iterable[Tensor], reduce=lambda sums: sums):
     """Set BatchNorm's running mean and variance to those over all of `batches`.
 
-    batches: of frames (B, L, T, 3, H, W), each normalised by its own statistics on the way, as in
-    training; the variance is that around the mean over all. reduce: the mean of a float64 tensor
-    over processes, which then get the same statistics. Leaves train and eval mode as they are.
+    batches: frames (B, L, T, 3, H, W), each normalised by its own statistics on the way, as in
+    training. reduce: the mean of a float64 tensor over processes, which get equal statistics.
     """
-    # For each channel the sum of its values, then that of their squares; at the end their number.
-    sums = {}
+    sums = {}  # for each channel of its values, then of their squares; at the end their number
 
     def count(m, inputs):
         x = inputs[0].transpose(0, 1).flatten(1).float()  # (C, everything else)
@@ -223,7 +206,7 @@ def load_weights(encoder: nn.Module, source: dict | str | os.PathLike) -> nn.Mod
     encoder: a TSM, or any with .name and .torchvision_weights. source: a state dict, "torchvision"
     or the path of a checkpoint: this project's ({"model": state dict}), torchvision's or the TSM
     release's ({"state_dict": ...}, keys such as module.base_model.layer1.0.conv1.net.weight).
-    Returns the encoder. InputError names what cannot be read, and all keys that do not fit.
+    InputError names what cannot be read, and all keys that do not fit.
     """
     label = "the state dict" if isinstance(source, dict) else source
     state = source if isinstance(source, dict) else _read_weights(encoder, source)
@@ -255,7 +238,6 @@ def load_weights(encoder: nn.Module, source: dict | str | os.PathLike) -> nn.Mod
 
 
 def _read_weights(encoder, source):
-    """Return what torchvision offers for an encoder, or what a file holds, as a dict."""
     if source == "torchvision":
         entry = encoder.torchvision_weights
         try:
@@ -267,10 +249,7 @@ def _read_weights(encoder, source):
         # torch writes the checksum of each tensor, but does not compare it.
         if zipfile.is_zipfile(source) and (entry := zipfile.ZipFile(source).testzip()):
             raise zipfile.BadZipFile(entry)
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        return dict(torch.load(source, map_location="cpu", weights_only=True))
     except Exception as error:  # a truncated or foreign file makes torch raise almost anything
         kind = type(error).__name__
         raise InputError(f"{source} cannot be read as a PyTorch checkpoint ({kind})") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{source} holds a {type(state).__name__}, expected a state dict")
-    return state

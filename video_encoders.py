@@ -3,18 +3,14 @@
     encoder = VideoEncoder("r2plus1d_18")
     features = encoder(torch.randint(0, 256, (2, 100, 16, 3, 112, 112), dtype=torch.uint8))
 
-A snippet is a clip; its feature is what the network's classifier would see. The networks, with
-their C and the clips that their Kinetics-400 weights were trained on:
+A snippet is a clip; its feature is what the network's classifier would see. The networks, C and the
+clips (T x H x W, 15 frames/s, mvit 7.5) of their Kinetics-400 weights. Other sizes will do, but
 
-    r2plus1d_18, r3d_18, mc3_18      16 frames, 112 x 112   C  512             15 frames/s
-    s3d                             128 frames, 224 x 224   C 1024             15 frames/s
-    mvit_v1_b, mvit_v2_s             16 frames, 224 x 224   C  768            7.5 frames/s
-    swin3d_t, swin3d_s, swin3d_b     32 frames, 224 x 224   C  768 (b: 1024)   15 frames/s
-
-They take any T, H and W, but: s3d needs T >= 8 (its kernels span 7 frames) and 17 x 17 pixels;
-mvit_v1_b takes 16 x 224 x 224 only, its positions being absolute (mvit_v2_s interpolates its own);
-swin3d wants at least 224 x 224 (T-LoFi): where its last stages are smaller than a window,
-torchvision takes other relative positions' biases.
+    r2plus1d_18, r3d_18, mc3_18     512           16 x 112 x 112
+    s3d                            1024          128 x 224 x 224   needs 8 x 17 x 17
+    mvit_v1_b, mvit_v2_s            768           16 x 224 x 224   v1_b only so: absolute positions
+    swin3d_t, swin3d_s, swin3d_b    768, b 1024   32 x 224 x 224   wants 224 x 224: where stages are
+                           smaller than a window, torchvision takes other relative positions' biases
 
 Legend: B videos, C channels, L snippets, T frames a snippet. Imports torch and torchvision only.
 """
@@ -54,10 +50,10 @@ class _VideoResNet(resnet.VideoResNet):
 class VideoEncoder(nn.Module):
     """Encode snippets. Parameters carry torchvision's names, so its weights load; no classifier.
 
-    name: one of VIDEO_ENCODERS. width: channels of the first stage of the three ResNets.
-    frozen_bn: BatchNorm keeps its running statistics in training too. recompute: activation
-    checkpointing, with frozen_bn only, the transformers, which have no BatchNorm, included.
-    Stochastic depth is off: features must not depend on how a step is cut into chunks.
+    name: one of VIDEO_ENCODERS. width: channels of the first stage of the three ResNets. frozen_bn:
+    BatchNorm keeps its running statistics in training too. recompute: activation checkpointing,
+    with frozen_bn only, also of the transformers, which have no BatchNorm. Stochastic depth is off:
+    features must not depend on how a step is cut into chunks.
     """
 
     def __init__(self, name: str, *, width=64, frozen_bn=False, recompute=False):
@@ -74,28 +70,28 @@ class VideoEncoder(nn.Module):
             network = _VideoResNet(*VIDEO_RESNETS[name], width)
         else:
             network = models.get_model(name, weights=None, num_classes=1)
-        classifier = list(network.modules())[-1]
-        self.channels = getattr(classifier, "in_features", None) or classifier.in_channels
+        self.channels = list(network.modules())[-1].weight.shape[1]  # of the classifier
         for key, child in network.named_children():
             if key not in ("fc", "classifier", "head", "avgpool"):
                 self.add_module(key, child)
         for m in self.modules():
             if isinstance(m, StochasticDepth):
                 m.p = 0.0
-        # Each network has a normalisation of its own.
-        views = self.torchvision_weights.transforms()
+        views = self.torchvision_weights.transforms()  # each network has a normalisation of its own
         for key, rgb in (("mean", views.mean), ("std", views.std)):
             self.register_buffer(key, 255 * torch.tensor(rgb).view(3, 1, 1, 1), persistent=False)
 
-    def train(self, mode: bool = True) -> "VideoEncoder":
+    def train(self, mode: bool = True):
         super().train(mode)
-        return freeze_batchnorm(self) if self.frozen_bn else self
+        for m in self.modules():
+            if self.frozen_bn and isinstance(m, _BatchNorm):
+                m.eval()
+        return self
 
     def forward(self, frames: Tensor) -> Tensor:
         """Map frames (B, L, T, 3, H, W), uint8 or float in [0, 255], to features (B, C, L)."""
         if frames.ndim != 6 or frames.shape[3] != 3:
-            shape = tuple(frames.shape)
-            raise ValueError(f"{self.name} got {shape}, expected frames (B, L, T, 3, H, W)")
+            raise ValueError(f"{self.name} got {tuple(frames.shape)}, expected (B, L, T, 3, H, W)")
         B, L, T, _, H, W = frames.shape
         size = f"{self.name} got {T} frames of {H} x {W}, expected"
         # With 5 to 7 frames s3d gives features, but PyTorch's backward pass crashes on a CPU.
@@ -105,22 +101,18 @@ class VideoEncoder(nn.Module):
             raise InputError(f"{size} 16 of 224 x 224: use mvit_v2_s")
         x = frames.flatten(0, 1).transpose(1, 2)  # (B * L, 3, T, H, W)
         x = (x - self.mean) / self.std
-        if self.name.startswith("mvit"):
-            x = self._class_token(x)
+        if self.name.startswith("mvit"):  # as in torchvision, but for frames of any size
+            x = self.conv_proj(x)
+            thw = tuple(x.shape[2:])
+            x = self.pos_encoding(x.flatten(2).transpose(1, 2))  # (B * L, 1 + patches, C)
+            for block in self.blocks:
+                x, thw = self._run(block, x, thw)
+            x = self.norm(x)[:, 0]
         else:
             for module in self.children():
                 x = self._run(module, x)
             x = x.mean((1, 2, 3) if self.name.startswith("swin") else (2, 3, 4))
         return x.view(B, L, -1).transpose(1, 2)
-
-    def _class_token(self, x):
-        """Run MViT as torchvision does, but at the size of the frames instead of its own."""
-        x = self.conv_proj(x)
-        thw = tuple(x.shape[2:])
-        x = self.pos_encoding(x.flatten(2).transpose(1, 2))  # (B * L, 1 + patches, C)
-        for block in self.blocks:
-            x, thw = self._run(block, x, thw)
-        return self.norm(x)[:, 0]
 
     def _run(self, module, *inputs):
         # In parts small enough to be recomputed one by one.
@@ -131,11 +123,3 @@ class VideoEncoder(nn.Module):
         if self.recompute and self.frozen_bn and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
-
-
-def freeze_batchnorm(module: nn.Module) -> nn.Module:
-    """Put BatchNorm of any dimension in evaluation mode; its scale and offset still learn."""
-    for m in module.modules():
-        if isinstance(m, _BatchNorm):
-            m.eval()
-    return module

@@ -129,7 +129,7 @@ def test_files_are_read_by_path_and_must_be_checkpoints(tmp_path):
     for name, message in {
         "torn.pt": r"torn\.pt cannot be read",
         "none.pt": r"none\.pt cannot be read.*FileNotFound",
-        "list.pt": "holds a list",
+        "list.pt": r"list\.pt cannot be read.*TypeError",
     }.items():
         with pytest.raises(InputError, match=message):
             load_weights(TSM(width=8), str(tmp_path / name))
