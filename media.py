@@ -33,8 +33,7 @@ from torch import Tensor
 from torchcodec.decoders import VideoDecoder, decode_jpeg
 from torchcodec.transforms import Resize
 
-# A video of which less decodes is refused.
-MIN_COVERAGE = 0.9
+MIN_COVERAGE = 0.9  # a video of which less decodes is refused
 
 # The preferred ones first.
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")
@@ -60,7 +59,7 @@ def snippet_frames(num_frames: int, snippets: int, frames_per_snippet: int, stri
     return (centre[:, None] + offset).floor().clamp(0, num_frames - 1).long()
 
 
-def open_media(path: str | os.PathLike) -> "FrameZip | FrameFolder | StillImage | VideoFile":
+def open_media(path: str | os.PathLike) -> "JpegFrames | FrameZip | VideoFile":
     """Open a video, whatever its kind.
 
     It has .path, .num_frames, .fps and .duration (seconds; both None where unknown), .note (what is
@@ -70,9 +69,11 @@ def open_media(path: str | os.PathLike) -> "FrameZip | FrameFolder | StillImage 
     if not os.path.exists(path):
         raise InputError(f"no frames at {path}: no such file or folder")
     if os.path.isdir(path):
-        return FrameFolder(path)
-    kinds = {".zip": FrameZip, ".jpg": StillImage, ".jpeg": StillImage}
-    return kinds.get(os.path.splitext(path)[1].lower(), VideoFile)(path)
+        return open_folder(path)
+    kind = os.path.splitext(path)[1].lower()
+    if kind in (".jpg", ".jpeg"):
+        return JpegFrames(path, {0: path}, fps=1.0, duration=1.0)
+    return FrameZip(path) if kind == ".zip" else VideoFile(path)
 
 
 def spellings(name: str) -> tuple[str, str]:
@@ -80,33 +81,34 @@ def spellings(name: str) -> tuple[str, str]:
     return name, name[2:] if name.startswith("v_") else f"v_{name}"
 
 
+def look_up(names, table: dict) -> dict:
+    """Return {name: value} of the names that a table has, spelt with v_ or without."""
+    return {name: table[s] for name in names for s in spellings(name)[::-1] if s in table}
+
+
 def find_media(folder, names=None, *, prepared=True, skip=None, log=None) -> dict[str, str]:
     """Return the media of a folder, {video name: path}; nothing is opened.
 
-    names: the videos to look for, spelt with v_ or without; the keys are then these names. None:
-    all, by the names of their files. A ZIP is preferred to a folder of frames, and that to a video
-    file. prepared: False leaves out ZIPs. skip: a folder to leave out, with the folders that hold
-    it. log: is told which of several video files of one name is used.
+    names: the videos to look for, spelt with v_ or without, which are then the keys; None: all, by
+    the names of their files. A ZIP is preferred to a folder of frames, and that to a video file.
+    prepared: False leaves out ZIPs. skip: a folder to leave out, with the folders that hold it.
+    log: is told which of several video files of one name is used.
     """
-    kinds = (".zip", "/", *VIDEO_SUFFIXES)
+    kinds = (".zip" if prepared else None, "/", *VIDEO_SUFFIXES)
     skipped = f"{os.path.realpath(skip)}/" if skip else ""
     found = {}
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         stem, kind = (entry.name, "/") if entry.is_dir() else os.path.splitext(entry.name)
-        kind = kind.lower()
-        if stem.startswith(".") or kind not in kinds or (kind == ".zip" and not prepared):
+        if stem.startswith(".") or kind.lower() not in kinds:
             continue
-        if kind == "/" and skipped.startswith(f"{os.path.realpath(entry.path)}/"):
-            continue
-        found.setdefault(stem, []).append((kinds.index(kind), entry.path))
+        if kind != "/" or not skipped.startswith(f"{os.path.realpath(entry.path)}/"):
+            found.setdefault(stem, []).append((kinds.index(kind.lower()), entry.path))
 
     media = {}
-    for name in sorted(found) if names is None else names:
-        stem = name if name in found else spellings(name)[1]
-        if stem in found:
-            (rank, media[name]), *others = sorted(found[stem])
-            if log and others and kinds[rank] in VIDEO_SUFFIXES:
-                log(f"{media[name]} is used, not {', '.join(path for _, path in others)}")
+    for name, files in look_up(sorted(found) if names is None else names, found).items():
+        (rank, media[name]), *others = sorted(files)
+        if log and others and kinds[rank] in VIDEO_SUFFIXES:
+            log(f"{media[name]} is used, not {', '.join(path for _, path in others)}")
     return media
 
 
@@ -124,23 +126,18 @@ def stack_frames(frames, places, view=None, path=""):
     """Stack frames that come one by one, (3, H, W): the k-th wherever the F `places` are k.
 
     view: what to keep of a frame, say a crop: (H, W, 3) array -> (h, w, 3) array. Returns
-    (F, 3, h, w) uint8 with channels-last memory, as decoders and cuDNN have it. Raises InputError
-    if the frames differ in size.
+    (F, 3, h, w) uint8 with channels-last memory, as decoders and cuDNN have it.
     """
-    rows = {}
-    for row, k in enumerate(places.tolist()):
-        rows.setdefault(k, []).append(row)
     stacked = None
     for k, frame in enumerate(frames):
         # numpy's slices and copies cost a third of torch's, and a video has 800 frames.
         frame = frame.permute(1, 2, 0).numpy()
-        if view is not None:
-            frame = view(frame)
+        frame = view(frame) if view else frame
         if stacked is None:
             stacked = np.empty((len(places), *frame.shape), np.uint8)
         if frame.shape != stacked.shape[1:]:
             raise InputError(f"{path} has frames of sizes {frame.shape} and {stacked.shape[1:]}")
-        for row in rows[k]:
+        for row in np.flatnonzero(places == k):
             stacked[row] = frame
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
@@ -154,9 +151,17 @@ def positive(info, *keys):
 
 
 class JpegFrames:
-    """A video as JPEG images. kept: the numbers of the frames that there are, ascending (K,)."""
+    """A video as JPEG files {frame number: path}. kept: their numbers, ascending (K,)."""
 
     note = None
+
+    def __init__(self, path, files, fps=None, duration=None):
+        self.path = path
+        self.files = files
+        self.kept = np.array(sorted(files))
+        self.num_frames = int(self.kept[-1]) + 1
+        self.fps = fps
+        self.duration = duration
 
     def read(self, numbers, short_side: float | None = None, view=None) -> Tensor:
         """Read frames by number, each replaced by the nearest one kept: (F, 3, H, W) uint8.
@@ -166,24 +171,48 @@ class JpegFrames:
         """
         # Clamped snippets ask for a frame several times: each is decoded once.
         kept, places = np.unique(nearest(self.kept, np.asarray(numbers)), return_inverse=True)
-        entries = self._entries(self.kept[kept].tolist(), short_side)
-        return stack_frames(map(self._decode, entries), places, view, self.path)
+        frames = (self._decode(number, short_side) for number in self.kept[kept].tolist())
+        return stack_frames(frames, places, view, self.path)
 
     def decode(self, numbers, short_side: float | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield (number, frame (3, H, W)) for each of the numbers, ascending."""
         for number in np.unique(numbers).tolist():
             yield number, self.read([number], short_side)[0]
 
-    def _decode(self, entry):
+    def _decode(self, number, short_side):
         try:
-            return decode_jpeg(self._jpeg(entry))
+            return decode_jpeg(self._jpeg(number, short_side))
         except DAMAGE as error:
-            name = os.path.basename(entry)
+            name = os.path.basename(self.files[number])
             raise InputError(f"{self.path}: {name} is not a valid JPEG image ({error})") from None
 
-    def _jpeg(self, entry):
-        """Return a path, or the bytes of an entry of a ZIP."""
-        return entry
+    def _jpeg(self, number, short_side):
+        return self.files[number]
+
+
+def open_folder(path):
+    """Return the JpegFrames of a folder, whose files end in their number, counted from the first
+    one that is there. A video.json in it may tell fps and duration_sec."""
+    found = {}
+    for entry in os.scandir(path):
+        if match := re.fullmatch(r"(.*?)(\d+)\.jpe?g", entry.name, re.IGNORECASE):
+            found.setdefault(match[1], {})[int(match[2])] = f"{path}/{entry.name}"
+    # Optical flow may lie beside the frames: flow_x_00001.jpg.
+    prefixes = [p for p in ("img_", "image_") if p in found][:1] or sorted(found)
+    if len(prefixes) != 1:
+        kinds = f"frames of several kinds, {prefixes}" if prefixes else "no frames"
+        raise InputError(f"{path} holds {kinds}: expected files img_00001.jpg ...")
+    files = found[prefixes[0]]
+    first = min(files)
+    times = ()
+    if os.path.exists(f"{path}/video.json"):
+        try:
+            with open(f"{path}/video.json") as file:
+                times = positive(json.load(file), "fps", "duration_sec")
+        except (*DAMAGE, TypeError) as error:
+            expected = f'{{"fps": 25, "duration_sec": 10.0}} ({type(error).__name__}: {error})'
+            raise InputError(f"{path}/video.json: expected {expected}") from None
+    return JpegFrames(path, {number - first: file for number, file in files.items()}, *times)
 
 
 class FrameZip(JpegFrames):
@@ -195,20 +224,20 @@ class FrameZip(JpegFrames):
 
     def __init__(self, path):
         self.path = path
-        self.places = {}
+        self.places = {}  # {(copy, frame number): (first byte, number of bytes)}
         self.short_sides = [None]
+        keys = ("fps", "duration_sec", "num_frames")
         try:
             self.file = FileIO(path)
             info = self._read_places() or json.loads(self.archive.read("video.json"))
-            self.fps, self.duration = positive(info, "fps", "duration_sec")
-            (self.num_frames,) = positive(info, "num_frames")
-            self.kept = np.asarray(info["frames"])
-            if self.kept.ndim != 1 or not len(self.kept) or (np.diff(self.kept) <= 0).any():
+            self.fps, self.duration, self.num_frames = positive(info, *keys)
+            self.files = {number: f"{number:06d}.jpg" for number in info["frames"]}
+            self.kept = np.array(info["frames"])
+            if not self.files or sorted(self.files) != info["frames"]:
                 raise ValueError("expected frame numbers in ascending order as frames")
         except (*DAMAGE, TypeError) as error:
-            raise InputError(
-                f"{path} is not a valid ZIP of frames ({error}); prepare this video again"
-            ) from None
+            problem = f"not a valid ZIP of frames ({error})"
+            raise InputError(f"{path} is {problem}; prepare this video again") from None
         self.note = info.get("note")
         self.prepared = info.get("prepared")
 
@@ -225,97 +254,37 @@ class FrameZip(JpegFrames):
         """
         # The signature, the method 0 (stored), the lengths of name and extra field, the name.
         header = self.file.read(40)
-        if header[:4] + header[8:10] + header[26:] != b"PK\3\4\0\0\x0a\0\0\0video.json":
-            return None
-        info = json.loads(self.file.read(int.from_bytes(header[18:22], "little")))
-        if "bytes" not in info:
+        ours = header[:4] + header[8:10] + header[26:] == b"PK\3\4\0\0\x0a\0\0\0video.json"
+        info = ours and json.loads(self.file.read(int.from_bytes(header[18:22], "little")))
+        if not info or "bytes" not in info:
             return None
         self.short_sides = info["short_sides"]
         end = self.file.tell()
         for copy, sizes in enumerate(info["bytes"]):
             for number, size in zip(info["frames"], sizes, strict=True):
-                entry = entry_name(number, copy, self.short_sides)
-                start = end + 30 + len(entry)
+                start = end + 30 + len(entry_name(number, copy, self.short_sides))
                 end = start + size
-                self.places[entry] = (start, size)
-        size = os.fstat(self.file.fileno()).st_size
-        if size < end:
+                self.places[copy, number] = (start, size)
+        if (size := os.path.getsize(self.path)) < end:
             raise ValueError(f"truncated: {size} of at least {end} bytes")
         return info
 
-    def _entries(self, numbers, short_side):
-        """Return the entries of frames, in the smallest copy with so many pixels, rounded."""
+    def _jpeg(self, number, short_side):
+        """Return the bytes of a frame, of the smallest copy with so many pixels, rounded."""
         least = short_side - 0.5 if short_side else float("inf")
         copy = max((k for k, side in enumerate(self.short_sides) if k and side > least), default=0)
-        return [entry_name(number, copy, self.short_sides) for number in numbers]
-
-    def _jpeg(self, entry):
-        if entry in self.places:
-            start, size = self.places[entry]
-            jpeg = bytearray(size)
-            os.preadv(self.file.fileno(), [jpeg], start)
-            if jpeg.startswith(b"\xff\xd8"):
-                return torch.frombuffer(jpeg, dtype=torch.uint8)
+        start, size = self.places.get((copy, number), (0, 0))
+        jpeg = bytearray(size)
+        os.preadv(self.file.fileno(), [jpeg], start)
+        if jpeg.startswith(b"\xff\xd8"):
+            return torch.frombuffer(jpeg, dtype=torch.uint8)
         # A ZIP of other origin, or one packed again: its full frames.
-        return self.archive.read(os.path.basename(entry))
+        return self.archive.read(self.files[number])
 
 
 def entry_name(number, copy, short_sides):
     """Return the name of a frame in the ZIP; all copies but the first are in a folder of theirs."""
     return f"{short_sides[copy]}/{number:06d}.jpg" if copy else f"{number:06d}.jpg"
-
-
-class FrameFolder(JpegFrames):
-    """A folder of JPEG files that end in their number, counted from the first one that is there.
-
-    Missing numbers are replaced by the nearest. fps and duration come from a video.json in the
-    folder; without one they are None.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        found = {}
-        for entry in os.scandir(path):
-            match = re.fullmatch(r"(.*?)(\d+)\.jpe?g", entry.name, re.IGNORECASE)
-            if match:
-                found.setdefault(match[1], {})[int(match[2])] = entry.name
-        # Optical flow may lie beside the frames: flow_x_00001.jpg.
-        prefixes = [p for p in ("img_", "image_") if p in found][:1] or sorted(found)
-        if len(prefixes) != 1:
-            kinds = f"frames of several kinds, {prefixes}" if prefixes else "no frames"
-            raise InputError(f"{path} holds {kinds}: expected files img_00001.jpg ...")
-        names = found[prefixes[0]]
-        first = min(names)
-        self.names = {number - first: name for number, name in names.items()}
-        self.kept = np.array(sorted(self.names))
-        self.num_frames = int(self.kept[-1]) + 1
-        self.fps = None
-        self.duration = None
-        if os.path.exists(f"{path}/video.json"):
-            try:
-                with open(f"{path}/video.json") as file:
-                    self.fps, self.duration = positive(json.load(file), "fps", "duration_sec")
-            except (*DAMAGE, TypeError) as error:
-                expected = '{"fps": 25, "duration_sec": 10.0}'
-                problem = f"{type(error).__name__}: {error}"
-                raise InputError(f"{path}/video.json: expected {expected} ({problem})") from None
-
-    def _entries(self, numbers, short_side):
-        return [f"{self.path}/{self.names[number]}" for number in numbers]
-
-
-class StillImage(JpegFrames):
-    """One JPEG image, as a video of one frame."""
-
-    def __init__(self, path):
-        self.path = path
-        self.kept = np.zeros(1, np.int64)
-        self.num_frames = 1
-        self.fps = 1.0
-        self.duration = 1.0
-
-    def _entries(self, numbers, short_side):
-        return [self.path]
 
 
 # ------------------------------------------------------------------------------------ video files
@@ -332,44 +301,31 @@ class VideoFile:
         self.stamps = scan.pts_seconds.numpy()
         self.times = self.stamps - self.stamps[0]
         self.key_frames = scan.key_frame_indices.numpy()
-        self.height = stream.height
-        self.width = stream.width
-        self.covered = self._covered_sec(scan.duration_seconds[-1].item(), stream)
-        self.duration = self.covered
+        self.height, self.width = stream.height, stream.width
         self.num_frames = len(scan)
-        declared = self._declared_sec(stream, container)
-        if self.covered < 0.99 * declared:
-            declares = f"{declared:.2f} s that its header tells"
-            self.note = f"its frames cover {self.covered:.2f} of the {declares}"
+        fps = stream.average_fps_from_header
+        usual_sec = self.times[-1] / max(self.num_frames - 1, 1)
+        last_sec = max(scan.duration_seconds[-1].item(), usual_sec) or 1 / (fps or 25)
+        self.end = self.duration = self.times[-1] + last_sec  # from the first frame on
+        headers = (stream.duration_seconds_from_header, container.duration_seconds_from_header)
+        declared = min(filter(None, headers), default=self.end)
+        if path.lower().endswith(".avi") and stream.num_frames_from_header and fps:
+            # FFmpeg derives the duration of a truncated AVI from its size.
+            declared = stream.num_frames_from_header / fps
+        if self.end < 0.99 * declared:
+            self.note = f"frames cover {self.end:.2f} of the {declared:.2f} s that its header tells"
+            if self.end < MIN_COVERAGE * declared:
+                raise InputError(f"{path} is truncated: {self.note}; download it again")
             # Annotations count on the whole video: its last frame stays on screen to the end.
             self.duration = declared
-            self.num_frames = round(self.num_frames * declared / self.covered)
-        if self.covered < MIN_COVERAGE * declared:
-            raise InputError(f"{path} is truncated: {self.note}; download it again")
+            self.num_frames = round(self.num_frames * declared / self.end)
         self.fps = self.num_frames / self.duration
-
-    def _covered_sec(self, last_sec, stream):
-        """Return the time from the first frame to the end of the last one, which lasts last_sec."""
-        if len(self.times) > 1:
-            usual_sec = self.times[-1] / (len(self.times) - 1)
-        else:
-            usual_sec = last_sec or 1 / (stream.average_fps_from_header or 25)
-        return self.times[-1] + max(last_sec, usual_sec)
-
-    def _declared_sec(self, stream, container):
-        """Return the duration that the file's header declares, or else what its frames cover."""
-        fps = stream.average_fps_from_header
-        if self.path.lower().endswith(".avi") and stream.num_frames_from_header and fps:
-            # FFmpeg derives the duration of a truncated AVI from its size.
-            return stream.num_frames_from_header / fps
-        headers = (stream.duration_seconds_from_header, container.duration_seconds_from_header)
-        return min(filter(None, headers), default=self.covered)
 
     def index(self, numbers) -> np.ndarray:
         """Return which frame in presentation order each number is, -1 after the last: (F,)."""
         seconds = (np.asarray(numbers) + 0.5) / self.fps
         shown = np.searchsorted(self.times, seconds, side="right") - 1
-        return np.where(seconds < self.covered, shown, -1)
+        return np.where(seconds < self.end, shown, -1)
 
     def read(self, numbers, short_side: float | None = None, view=None) -> Tensor:
         """Read frames as JpegFrames.read does; the nearest stands for one that does not decode."""
@@ -386,14 +342,16 @@ class VideoFile:
         builds on it. short_side: what the decoder shrinks larger frames to, rounded up.
         """
         numbers = np.unique(numbers)
+        numbers = numbers[self.index(numbers) >= 0]
         index = self.index(numbers)
-        numbers = numbers[index >= 0]
-        index = index[index >= 0]
+        scale = np.ceil(short_side) / min(self.height, self.width) if short_side else 1
+        size = (round(self.height * scale), round(self.width * scale))
+        shrink = [Resize(size)] if scale < 1 else None
         decoder = None
         k = 0
         while k < len(index):
             try:
-                decoder = decoder or self._make_decoder(short_side)
+                decoder = decoder or VideoDecoder(self.path, transforms=shrink)
                 frame = decoder.get_frame_at(int(index[k]))
                 if abs(frame.pts_seconds - self.stamps[index[k]]) > 1e-4:
                     raise RuntimeError("frames are missing")
@@ -405,13 +363,6 @@ class VideoFile:
                 continue
             yield int(numbers[k]), frame.data
             k += 1
-
-    def _make_decoder(self, short_side):
-        scale = np.ceil(short_side) / min(self.height, self.width) if short_side else 1
-        if scale >= 1:
-            return VideoDecoder(self.path)
-        size = (round(self.height * scale), round(self.width * scale))
-        return VideoDecoder(self.path, transforms=[Resize(size)])
 
 
 def check_coverage(path: str, decoded: int, wanted: int) -> None:
@@ -430,15 +381,15 @@ def scan_video(path):
         stream = demuxer.streams[0]
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
-        text = str(error)
-        if isinstance(error, ImportError) or "libtorchcodec" in text:
-            needs = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
-            raise InputError(f"{path}: video files need {needs}") from None
-        if "No valid video stream" in text:
-            raise InputError(f"{path} has no video stream") from None
         # Without the names of torchcodec's source files.
-        reason = re.sub(r"^.*\.cpp:\d+,\s*", "", text).strip().partition("\n")[0]
-        raise InputError(f"{path} is not a valid video ({reason}); download it again") from None
+        text = re.sub(r"^.*\.cpp:\d+,\s*", "", str(error)).strip().partition("\n")[0]
+        problem = f"is not a valid video ({text}); download it again"
+        if "No valid video stream" in text:
+            problem = "has no video stream"
+        if isinstance(error, ImportError) or "libtorchcodec" in text:
+            needed = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
+            problem = f"cannot be read: video files need {needed}"
+        raise InputError(f"{path} {problem}") from None
     if not len(scan):
         raise InputError(f"{path} has a video stream without frames; download it again")
     return scan, stream.metadata, demuxer.metadata
