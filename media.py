@@ -18,6 +18,8 @@ non-square pixels are left as they are.
 Legend: L snippets, T frames a snippet, F frames. This file imports nothing of the project.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -30,14 +32,21 @@ from io import FileIO
 import numpy as np
 import torch
 from torch import Tensor
-from torchcodec.decoders import VideoDecoder, decode_jpeg
+from torch.nn.functional import interpolate
+from torchcodec.decoders import AudioDecoder, VideoDecoder, decode_jpeg
 from torchcodec.transforms import Resize
 
 MIN_COVERAGE = 0.9  # a video of which less decodes is refused
 
 # The preferred ones first.
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")
-VIDEO_SUFFIXES += (".ts", ".3gp", ".ogv")
+VIDEO_SUFFIXES += (".ts", ".3gp", ".ogv", ".m2ts", ".mts", ".vob", ".mxf", ".gif")
+PROGRAM_STREAMS = (".mpg", ".mpeg", ".vob")
+MPEG_STREAMS = (".ts", ".m2ts", ".mts", *PROGRAM_STREAMS)  # their clock begins anywhere
+
+# Beyond these, an image or an entry of a ZIP is not read: 8K, and a video.json of a day.
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**25
 
 # What reading or decoding a damaged JPEG, or a damaged entry of a ZIP, may raise.
 DAMAGE = (OSError, KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -142,6 +151,19 @@ def stack_frames(frames, places, view=None, path=""):
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
+def num_pixels(jpeg: Tensor) -> int:
+    """Return how many pixels the header of a JPEG image, (bytes,) uint8, tells; 0 without one."""
+    x = memoryview(jpeg.numpy())
+    at = 2
+    while at + 9 <= len(x) and x[at] == 0xFF:
+        # The frame header, among those of tables: its height and width.
+        if 0xC0 <= x[at + 1] <= 0xCF and x[at + 1] not in (0xC4, 0xC8, 0xCC):
+            height, width = x[at + 5 : at + 7], x[at + 7 : at + 9]
+            return int.from_bytes(height, "big") * int.from_bytes(width, "big")
+        at += 2 + int.from_bytes(x[at + 2 : at + 4], "big")
+    return 0
+
+
 def positive(info, *keys):
     """Return these values of a video.json. Raises ValueError unless they are numbers above 0."""
     values = [info[key] for key in keys]
@@ -181,7 +203,10 @@ class JpegFrames:
 
     def _decode(self, number, short_side):
         try:
-            return decode_jpeg(self._jpeg(number, short_side))
+            jpeg = self._jpeg(number, short_side)
+            if torch.is_tensor(jpeg) and num_pixels(jpeg) > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS} pixels")
+            return decode_jpeg(jpeg)
         except DAMAGE as error:
             name = os.path.basename(self.files[number])
             raise InputError(f"{self.path}: {name} is not a valid JPEG image ({error})") from None
@@ -229,17 +254,22 @@ class FrameZip(JpegFrames):
         keys = ("fps", "duration_sec", "num_frames")
         try:
             self.file = FileIO(path)
-            info = self._read_places() or json.loads(self.archive.read("video.json"))
+            info = self._read_places() or json.loads(self._read_entry("video.json"))
             self.fps, self.duration, self.num_frames = positive(info, *keys)
             self.files = {number: f"{number:06d}.jpg" for number in info["frames"]}
             self.kept = np.array(info["frames"])
-            if not self.files or sorted(self.files) != info["frames"]:
+            whole = self.kept.dtype.kind == "i" and self.kept[0] >= 0
+            if not whole or sorted(self.files) != info["frames"]:
                 raise ValueError("expected frame numbers in ascending order as frames")
-        except (*DAMAGE, TypeError) as error:
+            frames = self.fps * self.duration
+            if self.kept[-1] >= self.num_frames or not 0.5 < frames / self.num_frames < 2:
+                raise ValueError("fps, duration_sec, num_frames and frames contradict each other")
+        except (*DAMAGE, TypeError, IndexError) as error:
             problem = f"not a valid ZIP of frames ({error})"
             raise InputError(f"{path} is {problem}; prepare this video again") from None
         self.note = info.get("note")
-        self.prepared = info.get("prepared")
+        prepared = info.get("prepared")
+        self.prepared = prepared if isinstance(prepared, dict) else None
 
     @cached_property
     def archive(self):
@@ -255,10 +285,15 @@ class FrameZip(JpegFrames):
         # The signature, the method 0 (stored), the lengths of name and extra field, the name.
         header = self.file.read(40)
         ours = header[:4] + header[8:10] + header[26:] == b"PK\3\4\0\0\x0a\0\0\0video.json"
-        info = ours and json.loads(self.file.read(int.from_bytes(header[18:22], "little")))
+        length = min(int.from_bytes(header[18:22], "little"), MAX_BYTES)
+        info = ours and json.loads(self.file.read(length))
         if not info or "bytes" not in info:
             return None
         self.short_sides = info["short_sides"]
+        sizes = np.array(info["bytes"])
+        if sizes.dtype.kind != "i" or sizes.min() < 1 or len(sizes) != len(self.short_sides):
+            raise ValueError("expected numbers above 0 as bytes, of as many copies as short_sides")
+        positive({str(side): side for side in self.short_sides}, *map(str, self.short_sides))
         end = self.file.tell()
         for copy, sizes in enumerate(info["bytes"]):
             for number, size in zip(info["frames"], sizes, strict=True):
@@ -279,7 +314,13 @@ class FrameZip(JpegFrames):
         if jpeg.startswith(b"\xff\xd8"):
             return torch.frombuffer(jpeg, dtype=torch.uint8)
         # A ZIP of other origin, or one packed again: its full frames.
-        return self.archive.read(self.files[number])
+        return torch.frombuffer(self._read_entry(self.files[number]), dtype=torch.uint8)
+
+    def _read_entry(self, name):
+        size = self.archive.getinfo(name).file_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{name} has {size} bytes, expected at most {MAX_BYTES}")
+        return bytearray(self.archive.read(name))
 
 
 def entry_name(number, copy, short_sides):
@@ -291,41 +332,75 @@ def entry_name(number, copy, short_sides):
 
 
 class VideoFile:
-    """A video file, whose packets are read once when it is opened, for the time of every frame."""
+    """A video file, whose packets are read once when it is opened, for the time of every frame.
+
+    Time counts from the file's zero, as players show it, also where the first frame comes later.
+    """
 
     def __init__(self, path):
         self.path = path
         self.note = None
+        self.suffix = os.path.splitext(path)[1].lower()
         scan, stream, container = scan_video(path)
-        # When each frame appears: by the file's clock, and from the first frame on.
+        # When each frame appears: by the file's clock, and from its zero on.
         self.stamps = scan.pts_seconds.numpy()
-        self.times = self.stamps - self.stamps[0]
+        self.times = self.stamps - self._zero_sec(stream, container)
+        if self.suffix in PROGRAM_STREAMS and stream.average_fps_from_header:
+            # Not every packet has a stamp of its own.
+            self.times = self.times[0] + np.arange(len(scan)) / stream.average_fps_from_header
         self.key_frames = scan.key_frame_indices.numpy()
         self.height, self.width = stream.height, stream.width
-        self.num_frames = len(scan)
-        fps = stream.average_fps_from_header
-        usual_sec = self.times[-1] / max(self.num_frames - 1, 1)
-        last_sec = max(scan.duration_seconds[-1].item(), usual_sec) or 1 / (fps or 25)
-        self.end = self.duration = self.times[-1] + last_sec  # from the first frame on
-        headers = (stream.duration_seconds_from_header, container.duration_seconds_from_header)
-        declared = min(filter(None, headers), default=self.end)
-        if path.lower().endswith(".avi") and stream.num_frames_from_header and fps:
-            # FFmpeg derives the duration of a truncated AVI from its size.
-            declared = stream.num_frames_from_header / fps
-        if self.end < 0.99 * declared:
+        shown_sec = self.times[-1] - self.times[0]
+        usual_sec = shown_sec / max(len(scan) - 1, 1)
+        last_sec = scan.duration_seconds[-1].item()
+        if self.times[0] < 0.1:  # the delay of an encoder
+            self.times = self.times - self.times[0]
+        shown_sec += max(last_sec, usual_sec) or 1 / (stream.average_fps_from_header or 25)
+        self.end = self.duration = self.times[0] + shown_sec
+        declared = self._declared_sec(stream, container)
+        if self.end < 0.99 * declared - 0.1:
             self.note = f"frames cover {self.end:.2f} of the {declared:.2f} s that its header tells"
             if self.end < MIN_COVERAGE * declared:
                 raise InputError(f"{path} is truncated: {self.note}; download it again")
             # Annotations count on the whole video: its last frame stays on screen to the end.
             self.duration = declared
-            self.num_frames = round(self.num_frames * declared / self.end)
+        self.num_frames = round(len(scan) * self.duration / shown_sec)
         self.fps = self.num_frames / self.duration
+
+    def _zero_sec(self, stream, container):
+        """Return where on the file's clock its zero is: anywhere in MPEG streams, else at 0."""
+        if self.suffix not in MPEG_STREAMS:
+            return 0.0
+        begins = [stream.begin_stream_seconds_from_header, self.stamps[0]]
+        if container.best_audio_stream_index is not None:
+            begins.append(AudioDecoder(self.path).metadata.begin_stream_seconds_from_header)
+        return min(sec for sec in begins if sec is not None)
+
+    def _declared_sec(self, stream, container):
+        """Return when the file ends as its header declares, or else when its frames do."""
+        fps = stream.average_fps_from_header
+        if self.suffix == ".avi" and stream.num_frames_from_header and fps:
+            # FFmpeg derives the duration of a truncated AVI from its size.
+            return stream.num_frames_from_header / fps
+        duration, whole = (
+            stream.duration_seconds_from_header,
+            container.duration_seconds_from_header,
+        )
+        declared = self.times[0] + duration if duration else whole or self.end
+        if self.suffix == ".wmv":  # whose header counts what comes before the first frame already
+            declared -= self.times[0]
+        if self.end < 0.99 * declared and container.best_audio_stream_index is not None:
+            # The file's duration may be that of its sound: not if that ends early, too.
+            with contextlib.suppress(RuntimeError):
+                AudioDecoder(self.path).get_samples_played_in_range(0.97 * declared)
+                return self.end
+        return declared
 
     def index(self, numbers) -> np.ndarray:
         """Return which frame in presentation order each number is, -1 after the last: (F,)."""
         seconds = (np.asarray(numbers) + 0.5) / self.fps
         shown = np.searchsorted(self.times, seconds, side="right") - 1
-        return np.where(seconds < self.end, shown, -1)
+        return np.where(seconds < self.end, shown.clip(0), -1)
 
     def read(self, numbers, short_side: float | None = None, view=None) -> Tensor:
         """Read frames as JpegFrames.read does; the nearest stands for one that does not decode."""
@@ -345,24 +420,74 @@ class VideoFile:
         numbers = numbers[self.index(numbers) >= 0]
         index = self.index(numbers)
         scale = np.ceil(short_side) / min(self.height, self.width) if short_side else 1
-        size = (round(self.height * scale), round(self.width * scale))
-        shrink = [Resize(size)] if scale < 1 else None
+        size = (round(self.height * scale), round(self.width * scale)) if scale < 1 else None
         decoder = None
         k = 0
-        while k < len(index):
+        seeks = self.suffix not in MPEG_STREAMS and (self.suffix != ".avi" or self.can_seek)
+        while seeks and k < len(index):
             try:
-                decoder = decoder or VideoDecoder(self.path, transforms=shrink)
-                frame = decoder.get_frame_at(int(index[k]))
-                if abs(frame.pts_seconds - self.stamps[index[k]]) > 1e-4:
-                    raise RuntimeError("frames are missing")
+                decoder = decoder or self._make_decoder(size)
+                frame = self._frame_at(decoder, index[k])
             except RuntimeError:
                 # After an error the state of a decoder is undefined.
                 decoder = None
+                seeks = self.can_seek
                 later_keys = self.key_frames[self.key_frames > index[k]]
-                k = int(np.searchsorted(index, later_keys.min(initial=len(self.times))))
+                if seeks:
+                    k = int(np.searchsorted(index, later_keys.min(initial=len(self.times))))
                 continue
-            yield int(numbers[k]), frame.data
+            yield int(numbers[k]), frame
             k += 1
+        for position, frame in self._decode_all(size) if k < len(index) else ():
+            while k < len(index) and index[k] <= position:
+                yield int(numbers[k]), frame
+                k += 1
+
+    def _make_decoder(self, size=None):
+        return VideoDecoder(self.path, transforms=[Resize(size)] if size else None)
+
+    def _frame_at(self, decoder, index):
+        frame = decoder.get_frame_at(int(index))
+        if abs(frame.pts_seconds - self.stamps[index]) > 1e-4:
+            raise RuntimeError("frames are missing")
+        return frame.data
+
+    @cached_property
+    def can_seek(self):
+        """Whether frames can be decoded alone: not in AVI with B-frames."""
+        exact = [False] * 3
+        for i, index in enumerate(np.linspace(0, len(self.times) - 1, 3).astype(int)):
+            with contextlib.suppress(RuntimeError):
+                self._frame_at(self._make_decoder(), index)
+                exact[i] = True
+        return exact[0] and any(exact[1:])
+
+    def _decode_all(self, size):
+        """Yield (index, frame) of all frames from the first on, which needs no seeking."""
+        from torchcodec.decoders import ColorConverter, Demuxer
+
+        demuxer = Demuxer(self.path)
+        try:
+            decoder = demuxer.streams[0].make_decoder()
+        except RuntimeError as error:
+            reason = f"{_reason(error)}; FFmpeg here has no decoder for it"
+            raise InputError(f"{self.path} cannot be decoded ({reason})") from None
+        converter = ColorConverter()
+        index = -1
+        for packet in itertools.chain(demuxer, [None]):
+            try:
+                raw_frames = decoder.drain() if packet is None else decoder.decode(packet)
+            except RuntimeError:
+                continue
+            for raw_frame in raw_frames:
+                # By its time, or where packets have none or another one, by its order.
+                same = np.flatnonzero(abs(self.stamps - raw_frame.pts_seconds) < 1e-4)
+                by_time = len(same) and self.suffix not in (".avi", *PROGRAM_STREAMS)
+                index = max(int(same[0]), index + 1) if by_time else index + 1
+                frame = converter.convert(raw_frame).data
+                if size:
+                    frame = interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
+                yield index, frame
 
 
 def check_coverage(path: str, decoded: int, wanted: int) -> None:
@@ -370,6 +495,11 @@ def check_coverage(path: str, decoded: int, wanted: int) -> None:
     if decoded < MIN_COVERAGE * wanted or not decoded:
         counts = f"only {decoded} of the {wanted} frames needed decode"
         raise InputError(f"{path} is damaged: {counts}; download it again")
+
+
+def _reason(error):
+    """Return the first line of an error without the names of torchcodec's source files."""
+    return re.sub(r"^.*\.cpp:\d+,\s*", "", str(error)).strip().partition("\n")[0]
 
 
 def scan_video(path):
@@ -381,8 +511,9 @@ def scan_video(path):
         stream = demuxer.streams[0]
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
-        # Without the names of torchcodec's source files.
-        text = re.sub(r"^.*\.cpp:\d+,\s*", "", str(error)).strip().partition("\n")[0]
+        text = _reason(error)
+        if any("\udc80" <= letter <= "\udcff" for letter in path):
+            text = "its name is not UTF-8: rename it"
         problem = f"is not a valid video ({text}); download it again"
         if "No valid video stream" in text:
             problem = "has no video stream"

@@ -432,3 +432,101 @@ def test_finding_media_among_20000_files_takes_one_scan(tmp_path):
     started = time.process_time()
     assert len(media.find_media(tmp_path, [f"{i:011d}" for i in range(20000)])) == 20000
     assert time.process_time() - started < 2
+
+
+# ---------------------------------------------------------------------- containers, codecs, offsets
+
+# Of each container codecs of its pictures and of its sound.
+CONTAINERS = {
+    "mp4": (["libx264 -bf 2", "libx264 -bf 0", "mpeg4 -bf 2"], "aac"),
+    "mov": (["libx264 -bf 2"], "aac"),
+    "mkv": (["libx264 -bf 2", "mpeg4", "mpeg2video -bf 2"], "aac"),
+    "webm": (["libvpx-vp9 -cpu-used 8"], "libvorbis"),
+    "avi": (["mpeg4 -bf 2", "mpeg4", "libx264 -bf 2", "mpeg2video"], "mp2"),
+    "ts": (["libx264 -bf 2", "mpeg2video -bf 2"], "mp2"),
+    "m2ts": (["libx264"], "mp2"),
+    "mpg": (["mpeg2video -bf 2"], "mp2"),
+    "vob": (["mpeg2video"], "mp2"),
+    "flv": (["libx264 -bf 2", "flv"], "aac"),
+    "wmv": (["wmv2"], "wmav2"),
+    "ogv": (["libtheora -q 9"], "libvorbis"),
+    "3gp": (["mpeg4"], "aac"),
+    "mxf": (["mpeg2video -bf 2"], None),
+    "gif": (["gif"], None),
+}
+STEP = 4  # of the gray levels of frames, one after the other
+
+
+def write_video(path, codec, sound, sound_sec=0, offset=0.0):
+    """Write 50 frames of 25 a second, each gray by its number, from `offset` on, under a sound."""
+    levels = np.arange(50, dtype=np.uint8) * STEP + 20
+    frames = np.broadcast_to(levels[:, None], (50, 64 * 96)).tobytes()
+    ffmpeg = ["ffmpeg", "-v", "error", "-y"]
+    raw = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", "96x64", "-r", "25", "-i", "-"]
+    options = "-pix_fmt yuv420p" if codec != "gif" else ""
+    if codec.split()[0] in ("libx264", "mpeg4", "mpeg2video", "flv", "wmv2"):
+        options += " -q:v 2 -g 12"
+    plain = path if not sound_sec else f"{os.path.dirname(path)}/plain{os.path.splitext(path)[1]}"
+    command = [*ffmpeg, *raw, "-c:v", *codec.split(), *options.split(), plain]
+    subprocess.run(command, input=frames, check=True)
+    if sound_sec:
+        tone = f"-f lavfi -i sine=duration={sound_sec} -map 0:v -map 1:a -c:v copy -ar 44100"
+        shifted = [*ffmpeg, "-itsoffset", str(offset), "-i", plain, *tone.split()]
+        subprocess.run([*shifted, "-c:a", sound, path], check=True)
+
+
+def frame_numbers(frames):
+    """Return which frame of write_video each frame is."""
+    gray = frames.float().mean((1, 2, 3))
+    return ((gray - 20) / STEP).round().long().numpy()
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_every_container_gives_its_frames_at_their_times(suffix, tmp_path):
+    codecs, sound = CONTAINERS[suffix]
+    for codec in codecs:
+        path = f"{tmp_path}/{codec.replace(' ', '')}.{suffix}"
+        write_video(path, codec, sound)
+        video = media.open_media(path)
+        assert abs(video.num_frames - 50) <= 1 and video.note is None, codec
+        numbers = np.arange(50)
+        exact = frame_numbers(video.read(numbers))
+        # Between the levels of lossy codecs lie frames that are nobody's.
+        assert abs(exact - numbers).max() <= (video.num_frames != 50), (codec, exact)
+    if sound is None:
+        return
+    for sound_sec, offset in ((5, 0.0), (1, 0.3), (6, 3.0)):
+        path = f"{tmp_path}/{offset}.{suffix}"
+        write_video(path, codecs[0], sound, sound_sec, offset)
+        video = media.open_media(path)
+        seconds = np.arange(0.1, offset + 1.9, 0.1)
+        found = frame_numbers(video.read((seconds * video.fps).astype(int)))
+        expected = np.floor((seconds - offset) * 25).clip(0)
+        assert abs(found - expected).max() <= 2, (sound_sec, offset, found, expected)
+        assert abs(video.duration - offset - 2) < 0.1 and video.note is None
+
+
+def test_what_a_zip_claims_is_bounded_before_it_is_read(tmp_path):
+    info = {"fps": 5, "num_frames": 2, "duration_sec": 0.4, "frames": [0, 1]}
+    wrong = [{"fps": 1e308}, {"num_frames": 10**18}, {"duration_sec": 1e308}, {"frames": [-1, 0]}]
+    wrong += [{"frames": [0.5, 1.5]}, {"frames": [0, 5]}, {"num_frames": 1}]
+    wrong += [{"bytes": [[-1, 2]], "short_sides": [8]}, {"bytes": [[9, 9]], "short_sides": [None]}]
+    wrong += [{"bytes": [[9, 9]], "short_sides": []}, {"bytes": "x", "short_sides": [8]}]
+    for change in wrong:
+        with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+            archive.writestr("video.json", json.dumps(info | change))
+        with pytest.raises(InputError, match="not a valid ZIP of frames"):
+            media.open_media(f"{tmp_path}/v.zip")
+    huge = bytearray(jpeg(100, 8, 8))
+    at = huge.index(b"\xff\xc0")
+    huge[at + 5 : at + 9] = b"\x4e\x20\x4e\x20"  # 20,000 x 20,000 pixels
+    for content in (bytes(huge), jpeg(9, 8, 8) + bytes(2**25)):
+        with zipfile.ZipFile(tmp_path / "v.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("video.json", json.dumps(info))
+            archive.writestr("000000.jpg", content)
+        with pytest.raises(InputError, match=r"000000\.jpg is not a valid JPEG"):
+            media.open_media(f"{tmp_path}/v.zip").read([0])
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        archive.writestr("video.json", json.dumps(info | {"prepared": 3}))
+    assert media.open_media(f"{tmp_path}/v.zip").prepared is None
