@@ -508,7 +508,7 @@ def stage_inputs(cfg, run, stage):
         sources = data.as_list(feature_source(cfg, run, raw=stage == "sola"))
         found = itertools.chain(*(data.find_features(s, names).values() for s in sources))
         # One HDF5 file may hold all videos.
-        inputs["features"] = files_fingerprint(list({path.partition("\0")[0]: 0 for path in found}))
+        inputs["features"] = files_fingerprint(list(dict.fromkeys(map(data.feature_file, found))))
     return inputs
 
 

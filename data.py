@@ -19,8 +19,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from dataclasses import KW_ONLY, astuple, dataclass, replace
-from functools import lru_cache
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache, partial
 from hashlib import blake2b, sha256
 from itertools import chain, compress
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn.functional import interpolate, pad
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 from tqdm import tqdm
 
 import media
@@ -37,9 +37,8 @@ from sola import sample_subsequences
 
 
 def seed_of(*key):
-    """Return a 63-bit seed, a pure function of `key` (seed, epoch, step, ...).
-
-    All randomness comes from such seeds: a resumed run needs no random state."""
+    """Return a 63-bit seed, a pure function of `key` (seed, epoch, step, ...): a resumed run, all
+    whose randomness comes from such seeds, needs no random state."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -66,7 +65,8 @@ class Video:
         return torch.from_numpy(clipped[usable]), tuple(compress(self.labels, usable))
 
 
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+MAX_BYTES = 2**36  # of the features of one video
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _refuse_duplicates(pairs):
@@ -101,10 +101,15 @@ def _parse_database(content):
     for name, entry in content["database"].items():
         try:
             duration = math.nan if entry.get("duration") is None else float(entry["duration"])
-            labels = [annotation["label"] for annotation in entry["annotations"]]
-            if duration <= 0 or math.isinf(duration) or None in labels:
-                raise ValueError(f"duration {duration}, labels {labels}")
-            pairs = [annotation["segment"] for annotation in entry["annotations"]]
+            annotations = entry.get("annotations") or []
+            labels = [annotation["label"] for annotation in annotations]
+            pairs = [annotation["segment"] for annotation in annotations]
+            if duration <= 0 or math.isinf(duration) or not isinstance(entry["subset"], str):
+                raise ValueError(f"duration {duration}, subset {entry['subset']}")
+            if not all(isinstance(label, (str, int, float)) for label in labels):
+                raise ValueError(f"labels {labels}, expected strings")
+            if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+                raise ValueError(f"segments {pairs}, expected [start, end]")
             segments = np.array([(float(start), float(end)) for start, end in pairs], np.float64)
             video = Video(name, duration, segments.reshape(-1, 2), tuple(map(str, labels)))
             subsets.setdefault(entry["subset"], []).append(video)
@@ -130,8 +135,7 @@ def check_segments(subsets, train=None, val=None, needs_classes=False):
     """Raise InputError if no run can use the segments of subset `train`, which needs a usable one,
     or `val`, where NaN stops the evaluation; needs_classes: it must have some."""
     if train in subsets and not class_names(subsets[train]):
-        expected = "one that ends after it starts, within its video"
-        raise InputError(f"subset {train} has no usable segment: expected {expected}")
+        raise InputError(f"subset {train} has no usable segment (start < end, within its video)")
     if needs_classes and val in subsets and not any(video.labels for video in subsets[val]):
         raise InputError(f"detect.class_scores is ground_truth, but subset {val} has no segments")
     bad = [v.name for v in subsets.get(val, []) if not np.isfinite(v.segments).all()]
@@ -187,24 +191,39 @@ def select_videos(
     """
     if subset not in subsets:
         raise InputError(f"no subset {subset!r} in the annotations, only {sorted(subsets)}")
-    videos = subsets[subset]
-    names = [video.name for video in videos]
+    names = [video.name for video in subsets[subset]]
+    sources = as_list(source)
     find = media.find_media if kind == "frames" else find_features
-    found = [find(one, names) for one in as_list(source)]
-    paths = {name: found[0][name] for name in names if all(name in f for f in found)}
-    lack = f"no {kind} in {' and '.join(map(str, as_list(source)))}"
-    videos = _leave_out(subset, videos, [v.name in paths for v in videos], lack, log)
-    videos = [replace(video, path=paths[video.name]) for video in videos]
+    found = [find(one, names) for one in sources]
+    paths = {name: path for name, path in found[0].items() if all(name in f for f in found)}
+    lack = f"no {kind} in {' and '.join(map(str, sources))}"
+    lacks = {lack: [name for name in names if name not in paths]}
+    videos = [replace(v, path=paths[v.name]) for v in subsets[subset] if v.name in paths]
     if any(math.isnan(video.duration) for video in videos):
+        known = {"paths": paths}
         if kind == "features":
-            paths = media.find_media(frames, names) if frames else {}
-        features = source if kind == "features" else ()
-        videos = fill_durations(videos, durations=durations, features=features, paths=paths)
+            known = {"features": sources, "paths": media.find_media(frames or "", names)}
+        videos = fill_durations(videos, durations, **known)
         lack = "no duration (set data.durations to a JSON {video: seconds})"
-        known = [not math.isnan(video.duration) for video in videos]
-        videos = _leave_out(subset, videos, known, lack, log)
-    if kind == "frames" and settings:
-        _compare_preparation(subset, videos, settings, log)
+        lacks[lack] = [video.name for video in videos if math.isnan(video.duration)]
+        videos = [video for video in videos if not math.isnan(video.duration)]
+    reasons = [
+        f"{len(out)} of {len(names)} videos have {lack} and are left out: {first_names(out)}"
+        for lack, out in lacks.items()
+        if out
+    ]
+    message = f"{subset}: {'; '.join(reasons)}"
+    if not videos:
+        raise InputError(message)
+    if reasons:
+        log(message)
+    for path in [video.path for video in videos if settings and video.path.endswith(".zip")][:1]:
+        first = media.FrameZip(path)
+        prepared = first.prepared or settings
+        differs = {key: prepared.get(key) for key in settings} != settings
+        if differs and len(first.kept) < first.num_frames:
+            why = f"{path} was prepared for {prepared}, the config has {settings}"
+            log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
     total = sum(len(video.labels) for video in videos)
     if lost := total - sum(len(video.actions[1]) for video in videos):
         why = "cannot be used; `python -m tools.check_data` lists all problems"
@@ -212,46 +231,28 @@ def select_videos(
     return videos
 
 
-def _leave_out(subset, videos, keep, lack, log):
-    missing = [video.name for video, kept in zip(videos, keep, strict=True) if not kept]
-    message = f"{subset}: {len(missing)} of {len(videos)} videos have {lack}"
-    if not any(keep):
-        raise InputError(f"{message}: {first_names(missing)}")
-    if missing:
-        log(f"{message} and are left out: {first_names(missing)}")
-    return list(compress(videos, keep))
-
-
-def _compare_preparation(subset, videos, settings, log):
-    """Log if the first ZIP lacks frames because it was prepared for other settings."""
-    for path in [video.path for video in videos if video.path.endswith(".zip")][:1]:
-        first = media.FrameZip(path)
-        prepared = first.prepared or settings
-        differs = {key: prepared.get(key) for key in settings} != settings
-        if differs and len(first.kept) < first.num_frames:
-            why = f"{path} was prepared for {prepared}, the config has {settings}"
-            log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
-
-
-def fill_durations(videos, *, durations=None, features=(), paths=None):
+def fill_durations(videos, durations=None, features=(), paths=()):
     """Return the videos with durations where the annotations have none, NaN where nothing tells:
     from the JSON file `durations` {video: seconds}, else from the features.json beside the first of
     `features`, else from media, paths {name: path}."""
     known = {}
-    for info in read_feature_info(as_list(features)[:1]):
-        known |= {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
+    for info in read_feature_info(features[:1]):
+        known = {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
     if durations is not None:
-        parse = "{VIDEO: seconds}", lambda content: {k: float(v) for k, v in content.items()}
-        known = _read_json(durations, *parse)
-    filled = []
-    for video in videos:
-        if math.isnan(video.duration):
-            seconds = next((known[s] for s in media.spellings(video.name) if s in known), None)
-            if seconds is None and video.name in (paths or {}):
-                seconds = _media_duration(paths[video.name])
-            video = replace(video, duration=math.nan if seconds is None else float(seconds))
-        filled.append(video)
-    return filled
+        known = _read_json(durations, "{VIDEO: seconds}", _parse_durations)
+    names = [video.name for video in videos if math.isnan(video.duration)]
+    known = media.look_up(names, known)
+    unknown = [name for name in paths if name in names and name not in known]
+    known |= {name: _media_duration(paths[name]) for name in unknown}
+    return [replace(v, duration=float(known.get(v.name) or v.duration)) for v in videos]
+
+
+def _parse_durations(content):
+    known = {name: float(seconds) for name, seconds in content.items()}
+    for name, seconds in known.items():
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{name} has {seconds} s, expected a number above 0")
+    return known
 
 
 @lru_cache(None)
@@ -265,8 +266,7 @@ def _media_duration(path):
 
 def describe_videos(videos):
     """Return {name: {"duration_sec", "fps"}}; fps is None where only reading all would tell."""
-    zips = [video for video in videos if (video.path or "").endswith(".zip")]
-    fps = {video.name: media.FrameZip(video.path).fps for video in zips}
+    fps = {v.name: media.FrameZip(v.path).fps for v in videos if (v.path or "").endswith(".zip")}
     return {v.name: {"duration_sec": v.duration, "fps": fps.get(v.name)} for v in videos}
 
 
@@ -284,14 +284,12 @@ NATIVE = Fidelity("native", None, None)
 
 def fidelities(full: Fidelity, sizes: dict[str, list[int]]) -> dict[str, Fidelity]:
     """Return {name: Fidelity} for {name: [snippets, pixels]}, with `full` (LoFi, section 3.2)."""
-    known = {"full": full}
     for name, size in sizes.items():
         whole = len(size) == 2 and all(isinstance(x, int) and x >= 1 for x in size)
         if not whole or size[0] > full.snippets or size[1] > full.size:
             expected = f"[snippets, pixels] from 1 to {list(full[1:])}"
             raise InputError(f"fidelities.{name} is {size}, expected {expected}")
-        known[name] = Fidelity(name, *size)
-    return known
+    return {"full": full} | {name: Fidelity(name, *size) for name, size in sizes.items()}
 
 
 @dataclass
@@ -308,7 +306,6 @@ class CyclicFidelitySampler:
     num_videos: int
     batch_size: int
     fidelities: list[Fidelity]
-    _: KW_ONLY
     cycle: str = "epoch"
     cycle_length: int | None = None
     seed: int = 0
@@ -321,8 +318,7 @@ class CyclicFidelitySampler:
             if total < 1 or total % part:
                 sizes = f"{self.num_videos} samples, batch size {self.batch_size}"
                 raise InputError(f"{sizes}: {total} does not divide by {part}")
-        if self.cycle_length is None:
-            self.cycle_length = {"epoch": 1, "batch": 16}[self.cycle]
+        self.cycle_length = self.cycle_length or {"epoch": 1, "batch": 16}[self.cycle]
         self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
         self.set_epoch(0)
 
@@ -342,13 +338,13 @@ class CyclicFidelitySampler:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", self.epoch))
         groups = torch.randperm(self.num_videos // self.group_size, generator=generator)
         order = groups[:, None] * self.group_size + torch.arange(self.group_size)
-        repeats = math.ceil(self.steps_per_epoch * self.batch_size / self.num_videos)
-        order = order.flatten().repeat(repeats).tolist()
+        order = order.flatten().tolist()
         per_rank = self.batch_size // self.world_size
         for step in range(self.first_step, self.steps_per_epoch):
             fidelity = self.fidelity(self.epoch, step)
             first = step * self.batch_size + self.rank * per_rank
-            yield [(i, fidelity) for i in order[first : first + per_rank]]
+            places = range(first, first + per_rank)
+            yield [(order[k % self.num_videos], fidelity) for k in places]
 
 
 def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
@@ -361,34 +357,23 @@ def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ frames
 
 
-def square_crop(shape, ratio, corner):
-    """Return the rows and columns (slices) of a square of `ratio` times the short side."""
-    side = round(min(shape) * ratio)
-    y, x = (round(c * (n - side)) for c, n in zip(corner, shape, strict=True))
-    return slice(y, y + side), slice(x, x + side)
-
-
-def crop_resize(frames, size, ratio, corner=(0.5, 0.5), flip=False):
-    """Crop a square of `ratio` times the short side of frames (F, 3, H, W) uint8 and resize it:
-    (F, 3, size, size) uint8. corner: where it lies, (y, x) in [0, 1]; (0.5, 0.5): central."""
-    rows, columns = square_crop(frames.shape[2:], ratio, corner)
-    frames = frames[:, :, rows, columns]
-    if frames.shape[2] != size:
-        frames = interpolate(frames, (size, size), mode="bilinear", antialias=True)
-    return frames.flip(3) if flip else frames
+def crop_resize(frame, size, ratio, corner=(0.5, 0.5), flip=False):
+    """Crop a square of `ratio` times the short side of a frame (H, W, 3) uint8 and resize it:
+    (size, size, 3). corner: where it lies, (y, x) in [0, 1]; (0.5, 0.5): central."""
+    # Slices of arrays cost a third of tensors', and a sample has 800 frames.
+    side = round(min(frame.shape[:2]) * ratio)
+    y, x = (round(c * (n - side)) for c, n in zip(corner, frame.shape[:2], strict=True))
+    frame = frame[y : y + side, x : x + side]
+    if side != size:
+        frame = torch.from_numpy(frame).permute(2, 0, 1)[None]
+        frame = interpolate(frame, (size, size), mode="bilinear", antialias=True)
+        frame = frame[0].permute(1, 2, 0).numpy()
+    return torch.from_numpy(frame).flip(1).numpy() if flip else frame
 
 
 def read_view(source, numbers, size, ratio, corner=(0.5, 0.5), flip=False):
     """Read frames of a media object, each as crop_resize makes it: (F, 3, size, size) uint8."""
-
-    def view(frame):
-        # Slices of arrays cost a third of tensors', and a sample has 800 frames.
-        frame = frame[square_crop(frame.shape[:2], ratio, corner)]
-        if len(frame) != size:
-            frame = torch.from_numpy(frame).permute(2, 0, 1)[None]
-            frame = crop_resize(frame, size, 1.0)[0].permute(1, 2, 0).numpy()
-        return torch.from_numpy(frame).flip(1).numpy() if flip else frame
-
+    view = partial(crop_resize, size=size, ratio=ratio, corner=corner, flip=flip)
     return source.read(numbers, short_side=size / ratio, view=view)
 
 
@@ -404,12 +389,11 @@ class VideoDataset:
     """
 
     videos: list[Video]
-    _: KW_ONLY
-    classes: list[str] = ()
     snippets: int
     frames_per_snippet: int
     stride: int
     size: int
+    classes: list[str] = ()
     crop: float = 0.875
     flip: bool = True
     rate: float | None = None
@@ -424,8 +408,7 @@ class VideoDataset:
         if self.rate:
             self.counts = [max(round(video.duration * self.rate), 1) for video in self.videos]
         # The video and the first snippet of each sample.
-        pieces = [range(0, count, self.snippets) for count in self.counts]
-        self.items = [(i, first) for i, firsts in enumerate(pieces) for first in firsts]
+        self.items = [(i, k) for i, n in enumerate(self.counts) for k in range(0, n, self.snippets)]
         if self.rate and self.train:
             self.items = windows_with_segments(self.videos, self.counts, self.snippets)
         # Ranks share out videos, not pieces of them.
@@ -450,7 +433,6 @@ class VideoDataset:
             rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
             shift, corner = rng.choice([0.0, 0.5]), tuple(rng.random(2).tolist())
             flip = self.flip and rng.random() < 0.5
-
         source = media.open_media(video.path)
         numbers = snippet_frames(source.num_frames, count, self.frames_per_snippet, self.stride)
         numbers = numbers[first : first + self.snippets]
@@ -460,9 +442,10 @@ class VideoDataset:
             numbers = numbers[torch.arange(self.snippets).clamp(max=len(numbers) - 1)]
         if self.train or not self.rate:
             numbers = numbers[snippet_rows(self.snippets, fidelity.snippets, shift)]
-        view = {"size": fidelity.size, "ratio": self.crop, "corner": corner, "flip": flip}
-        frames = read_view(source, numbers.flatten().numpy(), **view).unflatten(0, numbers.shape)
-        sample = {"name": video.name, "frames": frames, "last": first + self.snippets >= count}
+        rows = numbers.flatten().numpy()
+        frames = read_view(source, rows, fidelity.size, self.crop, corner, flip)
+        sample = {"name": video.name, "frames": frames.unflatten(0, numbers.shape)}
+        sample["last"] = first + self.snippets >= count
         return sample | targets_of(segments, labels, self.classes)
 
 
@@ -482,7 +465,7 @@ def _open_hdf5(path):
 
 def find_features(source, names):
     """Return {name: path} of the videos that have features: SOURCE/VIDEO.npy, .h5 or .hdf5, or
-    FILE\\0VIDEO in one HDF5 file."""
+    FILE/VIDEO in one HDF5 file."""
     found = {}
     if os.path.isdir(source):
         # In this order an .npy file is the one that stays.
@@ -491,13 +474,17 @@ def find_features(source, names):
             found |= {f.removesuffix(suffix): f"{source}/{f}" for f in files}
     elif os.path.isfile(source):
         with _open_hdf5(source) as file:
-            found = {key: f"{source}\0{key}" for key in file}
-    return {name: found[s] for name in names for s in media.spellings(name)[::-1] if s in found}
+            # Names may have slashes, which HDF5 takes for groups.
+            keys = [key for name in names for key in media.spellings(name) if key in file]
+            found = {key: f"{source}/{key}" for key in keys}
+    return media.look_up(names, found)
 
 
-def shown_path(path):
-    """Return a path that find_features gave as a message shows it."""
-    return path.replace("\0", ":")
+def feature_file(path):
+    """Return the file on disk of a path of find_features."""
+    while not os.path.isfile(path) and os.path.dirname(path) not in ("", path):
+        path = os.path.dirname(path)
+    return path
 
 
 def read_features(path, values=True):
@@ -505,40 +492,58 @@ def read_features(path, values=True):
 
     values: False: only the shape is wanted; those of an HDF5 file are then zeros.
     """
-    file_path, _, key = path.partition("\0")
     try:
-        if file_path.endswith(".npy"):
-            features = np.load(file_path, mmap_mode="r")
+        if path.endswith(".npy"):
+            features = np.load(path, mmap_mode="r")
         else:
             # Opened for each video: workers must not share a file that was open at their fork.
+            file_path = feature_file(path)
             with _open_hdf5(file_path) as file:
-                node = file[key] if key else file
-                while hasattr(node, "keys"):
-                    if len(node) != 1:
-                        raise ValueError(f"{len(node)} entries instead of one array")
-                    node = node[next(iter(node))]
-                zeros = np.broadcast_to(np.zeros((), node.dtype), node.shape)
-                features = node[()] if values else zeros
-    except (OSError, ValueError, EOFError, KeyError) as error:
+                node = file[path[len(file_path) + 1 :] or "/"]
+                for _ in range(8):  # a group may hold itself
+                    if hasattr(node, "keys"):
+                        if len(node) != 1:
+                            raise ValueError(f"{len(node)} entries instead of one array")
+                        node = node[next(iter(node))]
+                if node.size * node.dtype.itemsize > MAX_BYTES:
+                    raise ValueError(f"an array of shape {node.shape}")
+                features = (
+                    node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
+                )
+        if not isinstance(features, np.ndarray):
+            raise ValueError(f"a {type(features).__name__} instead of one array")
+    except (OSError, EOFError, RuntimeError, MemoryError, *MALFORMED) as error:
         reason = f"({error}): expected an .npy or HDF5 array (L, C)"
-        raise InputError(f"{shown_path(path)} cannot be read {reason}") from None
+        raise InputError(f"{path} cannot be read {reason}") from None
     if features.ndim != 2 or not len(features) or not np.issubdtype(features.dtype, np.floating):
         got = f"shape {features.shape}, {features.dtype}"
-        raise InputError(f"{shown_path(path)} has {got}; expected floating-point features (L, C)")
+        raise InputError(f"{path} has {got}; expected floating-point features (L, C)")
     return features
 
 
-def check_finite(x, path):
-    """Raise InputError if features have NaN or infinite values."""
-    if not np.isfinite(x).all():
-        raise InputError(f"{shown_path(path)} has NaN or infinite values: extract this video again")
+def check_finite(x, path, dtype=None):
+    """Return a copy of features. Raises InputError if they have NaN or infinite values."""
+    x = np.array(x, dtype)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(x.astype(np.float32, copy=False)).all()
+    if not finite:
+        raise InputError(f"{path} has NaN or infinite values: extract this video again")
+    return x
 
 
 def read_feature_info(source):
     """Return the features.json beside each source of features, a list of those that exist."""
     folders = [s if os.path.isdir(s) else os.path.dirname(s) or "." for s in as_list(source)]
     paths = dict.fromkeys(f"{folder}/features.json" for folder in folders)
-    return [_read_json(path, "a dictionary", dict) for path in paths if os.path.exists(path)]
+    expected = '{"videos": {VIDEO: {"duration_sec": seconds}}, ...}'
+    return [_read_json(p, expected, _check_feature_info) for p in paths if os.path.exists(p)]
+
+
+def _check_feature_info(content):
+    _parse_durations({name: v["duration_sec"] for name, v in content.get("videos", {}).items()})
+    if not isinstance(content.get("seconds", 0.0), (int, float)):
+        raise ValueError(f"seconds {content['seconds']}")
+    return content
 
 
 class FeatureDataset:
@@ -558,15 +563,15 @@ class FeatureDataset:
             if missing := [name for name in names if name not in found]:
                 raise InputError(f"{one} has no features of {first_names(missing)}")
             self.paths.append([found[name] for name in names])
-        self.widths = [read_features(paths[0], values=False).shape[1] for paths in self.paths]
+        self.widths = [read_features(paths[0], False).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
 
-    def _read(self, index, k):
+    def _open(self, k, index):
         path = self.paths[k][index]
         x = read_features(path)
         if x.shape[1] != self.widths[k]:
-            others = f"{shown_path(self.paths[k][0])} has {self.widths[k]}"
-            raise InputError(f"{shown_path(path)} has {x.shape[1]} channels, {others}")
+            first, width = self.paths[k][0], self.widths[k]
+            raise InputError(f"{path} has {x.shape[1]} channels, {first} has {width}")
         return x, path
 
     def subset(self, indices) -> "FeatureDataset":
@@ -583,19 +588,17 @@ class FeatureDataset:
 
     def num_snippets(self, index: int) -> int:
         """Return how many snippets a video has on disk, in the first source."""
-        return len(read_features(self.paths[0][index], values=False))
+        return len(read_features(self.paths[0][index], False))
 
     def features(self, index: int, snippets: int | None = None, rows=slice(None)) -> torch.Tensor:
         """Return a video's features, (C, L) float32, resized to `snippets` (None: to the length of
         the first source); of these, `rows`."""
         parts = []
         for k in range(len(self.paths)):
-            x, path = self._read(index, k)
+            x, path = self._open(k, index)
             snippets = snippets or len(x)
             resized = len(x) != snippets
-            x = np.array(x if resized else x[rows], np.float32)
-            check_finite(x, path)
-            x = torch.from_numpy(x).t()
+            x = torch.from_numpy(check_finite(x if resized else x[rows], path, np.float32)).t()
             if resized:
                 x = interpolate(x[None], snippets, mode="linear", align_corners=False)[0][:, rows]
             parts.append(x)
@@ -609,24 +612,19 @@ class FeatureDataset:
     def statistics(self, max_videos: int = 2000) -> tuple[torch.Tensor, ...]:
         """Return mean and deviation of snippets, and the deviation of videos' means: three (C,),
         over at most `max_videos` evenly picked videos; deviations are kept above 0."""
-        picked = np.linspace(0, len(self) - 1, min(len(self), max_videos)).round().astype(int)
+        count = len(self.videos)
+        picked = np.linspace(0, count - 1, min(count, max_videos)).round().astype(int).tolist()
         columns = []
-        for k, width in enumerate(self.widths):
-            count, moments, video_means = 0, np.zeros((2, width)), []
-            for i in picked.tolist():
-                x, path = self._read(i, k)
-                x = np.asarray(x, np.float64)
-                check_finite(x, path)
-                count += len(x)
-                moments += x.sum(0), (x * x).sum(0)
-                video_means.append(x.mean(0))
-            mean, mean_sq = moments / count
-            std = np.sqrt((mean_sq - mean**2).clip(0))
-            columns.append((mean, std, np.std(video_means, 0)))
-        mean, *deviations = np.concatenate(columns, 1)
-        smallest = 1e-3 * deviations[0].max() + 1e-6
-        statistics = (mean, *(x.clip(smallest) for x in deviations))
-        return tuple(torch.from_numpy(x).float() for x in statistics)
+        for k in range(len(self.paths)):
+            arrays = (check_finite(*self._open(k, i), np.float64) for i in picked)
+            rows = [(len(x), x.sum(0), (x * x).sum(0), x.mean(0)) for x in arrays]
+            counts, sums, squares, means = zip(*rows, strict=True)
+            mean = sum(sums) / sum(counts)
+            std = np.sqrt((sum(squares) / sum(counts) - mean**2).clip(0))
+            columns.append((mean, std, np.std(means, 0)))
+        statistics = np.concatenate(columns, 1)
+        statistics[1:] = statistics[1:].clip(1e-3 * statistics[1].max() + 1e-6)
+        return torch.from_numpy(statistics).float().unbind()
 
 
 class SubsequenceDataset:
@@ -653,8 +651,7 @@ class SubsequenceDataset:
         cached = 4e-9 * sum(self.counts) * features.channels <= cache_gb
         self.cache = {i: features.features(i) for i in self.kept} if cached else {}
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
+    set_epoch = VideoDataset.set_epoch
 
     def __len__(self):
         return len(self.kept) * self.per_video
@@ -678,8 +675,8 @@ def window_starts(count: int, length: int) -> list[int]:
 def cut_windows(features: torch.Tensor, length: int) -> tuple[torch.Tensor, list[int]]:
     """Cut features (C, L) into windows (W, C, length), zero beyond the end; and their starts."""
     starts = window_starts(features.shape[1], length)
-    windows = [features[:, i : i + length] for i in starts]
-    return torch.stack([pad(x, (0, length - x.shape[1])) for x in windows]), starts
+    features = pad(features, (0, max(length - features.shape[1], 0)))
+    return torch.stack([features[:, i : i + length] for i in starts]), starts
 
 
 def clip_to_window(segments, labels, count, first, length):
@@ -694,17 +691,15 @@ def clip_to_window(segments, labels, count, first, length):
 
 def windows_with_segments(videos, counts, length):
     """Return (video, first snippet) of every window that training sees; counts: of snippets."""
-    found = []
-    for i, count in enumerate(counts):
-        for first in window_starts(count, length):
-            if clip_to_window(*videos[i].actions, count, first, length)[1]:
-                found.append((i, first))
+    found = [(i, f) for i, count in enumerate(counts) for f in window_starts(count, length)]
+    seen = [clip_to_window(*videos[i].actions, counts[i], f, length)[1] for i, f in found]
+    found = list(compress(found, seen))
     if not found:
         raise InputError(f"no window of {length} snippets (video.snippets) holds half a segment")
     return found
 
 
-class WindowDataset:
+class WindowDataset(FeatureDataset):
     """Windows of `length` snippets over a FeatureDataset at its own rate, for long videos.
 
     Training: dataset[index, fidelity] is a window with a segment, as a sample of FeatureDataset.
@@ -713,16 +708,11 @@ class WindowDataset:
     """
 
     def __init__(self, dataset: FeatureDataset, length: int, train: bool = False):
-        self.dataset = dataset
-        self.videos = dataset.videos
-        self.classes = dataset.classes
-        self.channels = dataset.channels
-        self.statistics = dataset.statistics
-        self.set_epoch = dataset.set_epoch
+        vars(self).update(vars(dataset))
         self.length = length
         self.train = train
         if train:
-            self.counts = [dataset.num_snippets(i) for i in range(len(dataset))]
+            self.counts = [self.num_snippets(i) for i in range(len(self.videos))]
             self.items = windows_with_segments(self.videos, self.counts, length)
 
     def __len__(self):
@@ -730,79 +720,47 @@ class WindowDataset:
 
     def __getitem__(self, pair):
         if not self.train:
-            x = self.dataset.features(pair[0])
+            x = self.features(pair[0])
             windows, starts = cut_windows(x, self.length)
             sample = {"name": self.videos[pair[0]].name, "features": windows}
             return sample | {"first": torch.tensor(starts), "snippets": x.shape[1]}
         i, first = self.items[pair[0]]
         video = self.videos[i]
         actions = clip_to_window(*video.actions, self.counts[i], first, self.length)
-        x = self.dataset.features(i, rows=slice(first, first + self.length))
-        x = pad(x, (0, self.length - x.shape[1]))
-        return {"name": video.name, "features": x, **targets_of(*actions, self.classes)}
+        x = self.features(i, rows=slice(first, first + self.length))
+        sample = {"name": video.name, "features": pad(x, (0, self.length - x.shape[1]))}
+        return sample | targets_of(*actions, self.classes)
 
 
 # ----------------------------------------------------------------------------------------- loading
 
-SHARED_MEMORY_FULL = (
-    "/dev/shm is full, through which data loading workers hand over batches: "
-    "start Docker with --shm-size=16g, say, or set data.workers=0"
-)
+SHARED_MEMORY_FULL = "/dev/shm is full: start Docker with --shm-size=16g or set data.workers=0"
 
 
 def collate(samples: list[dict]) -> dict:
     """Return a batch: tensors are stacked, numbers become a tensor, names and segments lists."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     for key, values in batch.items():
-        if key not in ("name", "segments"):
-            batch[key] = _stack(values) if torch.is_tensor(values[0]) else torch.tensor(values)
+        if key in ("name", "segments"):
+            continue
+        if len(values) == 1 and torch.is_tensor(values[0]):
+            batch[key] = values[0][None]
+        elif key == "frames" and len(values[0]) > 1:
+            # Frames of several snippets stay channels last in memory, as they were decoded.
+            batch[key] = default_collate([x.movedim(2, -1) for x in values]).movedim(-1, 3)
+        else:
+            batch[key] = default_collate(values)
+    if get_worker_info() is not None:
+        # Shared here: an error in a worker's sending thread would be lost.
+        for x in filter(torch.is_tensor, chain(*map(as_list, batch.values()))):
+            x.share_memory_()
     return batch
-
-
-def _stack(tensors):
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first[None]
-    # Frames of several snippets stay channels last in memory, as they were decoded.
-    channels_last = first.ndim == 5 and len(first) > 1
-    if channels_last:
-        tensors = [x.movedim(2, -1) for x in tensors]
-    out = None
-    if get_worker_info() is not None and first.numel():
-        # As in torch's own collate: a worker stacks straight into the memory that it shares.
-        storage = torch.UntypedStorage._new_shared(len(tensors) * first.nbytes)
-        out = torch.empty(0, dtype=first.dtype).set_(storage).view(-1, *tensors[0].shape)
-    batch = torch.stack(tensors, out=out)
-    return batch.movedim(-1, 3) if channels_last else batch
-
-
-class _Batches:
-    """A data set of collated batches, or of an InputError: raised, it would leave a worker without
-    its own message. They are shared here: an error in the worker's sending thread would be lost."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, pairs):
-        try:
-            batch = collate([self.dataset[pair] for pair in pairs])
-            if get_worker_info() is not None:
-                for x in filter(torch.is_tensor, chain(*map(as_list, batch.values()))):
-                    x.share_memory_()
-            return batch
-        except InputError as error:
-            return error
-        except RuntimeError as error:
-            if "shared memory" not in str(error):
-                raise
-            return InputError(SHARED_MEMORY_FULL)
 
 
 def _start_worker(_):
     # These reach the whole process group: the main process decides, and ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class BatchLoader(DataLoader):
@@ -815,7 +773,7 @@ class BatchLoader(DataLoader):
     def __init__(self, dataset, batch_sampler, workers: int, device: torch.device):
         options = {"num_workers": workers, "persistent_workers": workers > 0}
         options |= {"worker_init_fn": _start_worker, "pin_memory": device.type == "cuda"}
-        super().__init__(_Batches(dataset), batch_size=None, sampler=batch_sampler, **options)
+        super().__init__(dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
 
     def __iter__(self):
         batches = super().__iter__()
@@ -827,13 +785,13 @@ class BatchLoader(DataLoader):
             # Registered last, so run first: torch and multiprocessing wait for workers to end.
             atexit.register(stop_workers)
         try:
-            for batch in batches:
-                if isinstance(batch, InputError):
-                    raise batch
-                yield batch
-        except RuntimeError:
+            yield from batches
+        except InputError as error:
+            # Without the worker's traceback, which torch puts before.
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        except RuntimeError as error:
             killed_by = [-p.exitcode for p in self.processes if (p.exitcode or 0) < 0]
-            if signal.SIGBUS in killed_by:
+            if signal.SIGBUS in killed_by or "shared memory" in str(error):
                 raise InputError(SHARED_MEMORY_FULL) from None
             if killed_by:
                 worker = f"a data loading worker was killed ({signal.Signals(killed_by[0]).name})"

@@ -131,8 +131,12 @@ def load_class_scores(
     """
     data, name = _load(source, "class scores")
     if not ground_truth and isinstance(data.get("results"), dict) and "class" in data:
-        labels = list(data["class"])
-        table = data["results"]
+        labels, table = data["class"], data["results"]
+        # A map gives each class its column.
+        if isinstance(labels, dict) and sorted(labels.values()) == [*range(len(labels))]:
+            labels = sorted(labels, key=labels.get)
+        if not isinstance(labels, list):
+            raise InputError(f'{name}: "class" must be a list of names, got {labels!s:.80}')
     else:
         if ground_truth:
             listed = _read_ground_truth(data, name, subset, [])
@@ -317,7 +321,7 @@ def _read_ground_truth(data, name, subset, notes):
     if not chosen:
         there = ", ".join(sorted({repr(info["subset"]) for info in database.values()})) or "none"
         raise InputError(f"{name}: no video of subset {subset!r}; there are {there}")
-    annotations = {video: info.get("annotations") for video, info in chosen.items()}
+    annotations = {video: info.get("annotations") or [] for video, info in chosen.items()}
     truth = _read_entries(annotations, name, ("label", "segment"), notes)
     if not len(truth.video):
         raise InputError(f"{name}: no annotation in the {len(chosen)} videos of subset {subset!r}")
@@ -341,6 +345,13 @@ def _read_predictions(results, name, truth, subset, ar, notes):
     if unknown:
         note = f"{(video < 0).sum()} predictions are for {_count(unknown, 'video')} that subset"
         notes.append(f"{note} {subset!r} does not have: false positives")
+    lasts = truth.durations[video[video >= 0]], read.segment[video >= 0, 1]
+    with np.errstate(invalid="ignore"):
+        late = np.nan_to_num(lasts[1] / lasts[0]) > 1.5
+    if late.mean() > 0.5 if len(late) else False:
+        notes.append(f"{late.sum()} predictions end long after their video: are they in seconds?")
+    elif len(late) and lasts[1].max() <= 1 < np.nanmin(lasts[0], initial=np.inf) / 2:
+        notes.append("all predictions end within 1 s: are they fractions instead of seconds?")
     label = None
     if read.label is not None:
         place = _index(read.classes, truth.classes)
@@ -359,6 +370,15 @@ def _count(names, noun):
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({shown})"
 
 
+def _unique_keys(pairs):
+    """Return the dictionary of a JSON object; json.load would keep the last of equal keys."""
+    items = dict(pairs)
+    if len(items) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {max(keys, key=keys.count)!r}")
+    return items
+
+
 def _load(source, what):
     """Return a JSON object, from a path or loaded already, and its name for messages."""
     name = what
@@ -366,7 +386,7 @@ def _load(source, what):
         name = os.fspath(source)
         try:
             with open(source, encoding="utf-8-sig") as file:
-                source = json.load(file)
+                source = json.load(file, object_pairs_hook=_unique_keys)
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{name} cannot be read as JSON: {error}") from None
     if not isinstance(source, dict):
@@ -780,5 +800,6 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # Names in letters that the terminal lacks are no reason to fail.
-    sys.stdout.reconfigure(errors="replace")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")
     main()

@@ -99,7 +99,8 @@ def frame_chunks(source, numbers, size, crop, chunk_snippets):
         end = rows.max()
         while last < end and (decoded := next(decoder, None)):
             last = decoded[0]
-            frames[last] = data.crop_resize(decoded[1][None], size, crop)[0]
+            view = data.crop_resize(decoded[1].permute(1, 2, 0).numpy(), size, crop)
+            frames[last] = torch.from_numpy(view).permute(2, 0, 1)
             num_decoded += 1
         if not frames:
             break

@@ -12,6 +12,7 @@ import torch
 from torchcodec.encoders import JpegEncoder
 
 import data
+import evaluate
 from data import InputError
 from tools import prepare_data
 
@@ -84,7 +85,12 @@ def test_missing_annotation_file_says_what_makes_one(tmp_path):
     "text",
     [
         *("{", "[]", '{"videos": {}}', '{"database": []}'),
-        '{"database": {"v": {"subset": "t", "duration": 3}}}',
+        '{"database": {"v": {"subset": "t", "annotations": 3}}}',
+        '{"database": {"v": {"subset": null, "annotations": []}}}',
+        '{"database": {"v": {"subset": "t", "annotations": [{"segment": "15", "label": "x"}]}}}',
+        '{"database": {"v": {"subset": "t", "annotations": [{"segment": [1, 2], "label": []}]}}}',
+        '{"database": {"v": {"subset": "t", "annotations": [], "duration": 1' + "1" * 400 + "}}}",
+        '{"database": {"v": ' + "[" * 100_000,
         '{"database": {"v": {"subset": "t", "duration": 0, "annotations": []}}}',
         '{"database": {"v": {"subset": "t", "annotations": [{"segment": [1], "label": "x"}]}}}',
         '{"database": {"v": {"subset": "t", "annotations": [{"segment": [1, "a"], "label": 2}]}}}',
@@ -96,7 +102,69 @@ def test_malformed_annotations_are_one_error_that_names_the_file(tmp_path, text)
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(InputError, match=r"bad\.json") as raised:
         data.load_annotations(str(tmp_path / "bad.json"))
-    assert "'v'" in str(raised.value) or '"v"' not in text
+    assert "'v'" in str(raised.value) or '"v"' not in text or len(text) > 10_000
+
+
+def test_annotations_are_read_as_for_scoring(tmp_path):
+    """Videos without annotations, class numbers and a byte order mark are good in both."""
+    segment = {"segment": ["1.5", 3], "label": 7}
+    database = {"a": {"subset": "t", "duration": 5, "annotations": [segment]}, "b": {"subset": "t"}}
+    database["c"] = {"subset": "t", "duration": math.nan, "annotations": None}
+    path = tmp_path / "good.json"
+    path.write_text(json.dumps({"database": database}), encoding="utf-8-sig")
+    a, b, c = data.load_annotations(str(path))["t"]
+    assert a.segments.tolist() == [[1.5, 3.0]] and a.labels == ("7",)
+    assert not b.labels and not c.labels and math.isnan(c.duration)
+    metrics = evaluate.evaluate(path, {"results": {}}, subset="t")
+    assert (metrics["segments"], metrics["classes"]) == (1, 1)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, "x", [1], None])
+def test_durations_are_seconds_above_0(seconds, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps({"v": seconds}))
+    video = data.Video("v", math.nan, np.zeros((0, 2)), ())
+    with pytest.raises(InputError, match=r"d\.json is not valid"):
+        data.fill_durations([video], str(tmp_path / "d.json"))
+
+
+@pytest.mark.parametrize(
+    "info", ["[1]", '{"videos": [1]}', '{"videos": {"v": 3}}', '{"seconds": "x"}']
+)
+def test_a_foreign_features_json_is_named(info, tmp_path):
+    (tmp_path / "features.json").write_text(info)
+    with pytest.raises(InputError, match=r"features\.json is not valid"):
+        data.read_feature_info(str(tmp_path))
+
+
+def test_foreign_feature_files_are_named(tmp_path):
+    np.savez(tmp_path / "z.npz", x=np.ones((2, 3)))
+    os.rename(tmp_path / "z.npz", tmp_path / "z.npy")
+    header = b"\x93NUMPY\x01\x00F\x00{'descr': '<f4', 'fortran_order': False, 'shape': (9, -16), }"
+    (tmp_path / "negative.npy").write_bytes(header.ljust(79) + b"\n" + bytes(64))
+    np.save(tmp_path / "text.npy", np.array([["a"]]))
+    for name in ("z", "negative", "text"):
+        with pytest.raises(InputError, match=rf"{name}\.npy (cannot be read|has shape)"):
+            data.read_features(f"{tmp_path}/{name}.npy")
+    np.save(tmp_path / "huge.npy", np.full((2, 3), 1e300))
+    with pytest.raises(InputError, match=r"huge\.npy has NaN or infinite"):
+        data.check_finite(data.read_features(f"{tmp_path}/huge.npy"), f"{tmp_path}/huge.npy")
+
+
+def test_foreign_hdf5_files_are_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["text"] = "a text"
+        file["soft"] = h5py.SoftLink("/soft")
+        loop = file.create_group("loop")
+        loop["loop"] = loop
+        file.create_dataset("vast", (10**6, 10**6), "f4", chunks=(1000, 1000))
+        file["folder/v"] = np.ones((4, 3), np.float32)
+    for key in ("text", "loop", "vast", "soft"):
+        with pytest.raises(InputError, match=rf"{key} (cannot be read|has shape)"):
+            data.read_features(f"{tmp_path}/f.h5/{key}")
+    found = data.find_features(f"{tmp_path}/f.h5", ["folder/v", "none"])
+    assert data.read_features(found["folder/v"]).shape == (4, 3) and len(found) == 1
+    assert data.feature_file(found["folder/v"]) == f"{tmp_path}/f.h5"
 
 
 def test_a_duplicate_video_is_named(tmp_path):
@@ -452,14 +520,14 @@ def test_samples_of_folders_and_of_zips_with_copies_agree(tmp_path):
 
 
 def test_crop_and_resize_take_the_square_that_they_name():
-    frames = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
-    frames[..., 12:] = 200
+    frame = np.zeros((8, 16, 3), np.uint8)
+    frame[:, 12:] = 200
     crop = data.crop_resize
-    assert (crop(frames, 4, 0.5, (0, 1)) == 200).all() and not crop(frames, 4, 0.5, (1, 0)).any()
-    assert (crop(frames, 2, 0.5, (0, 1)) == 200).all()
-    half = crop(frames, 8, 1.0, (0, 1))
-    assert (half[..., 4:] == 200).all() and (half[..., :4] == 0).all()
-    assert (crop(frames, 8, 1.0, (0, 1), flip=True) == half.flip(3)).all()
+    assert (crop(frame, 4, 0.5, (0, 1)) == 200).all() and not crop(frame, 4, 0.5, (1, 0)).any()
+    assert (crop(frame, 2, 0.5, (0, 1)) == 200).all()
+    half = crop(frame, 8, 1.0, (0, 1))
+    assert (half[:, 4:] == 200).all() and (half[:, :4] == 0).all()
+    assert (crop(frame, 8, 1.0, (0, 1), flip=True) == half[:, ::-1]).all()
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -523,9 +591,6 @@ def test_features_come_from_npy_and_hdf5_files_alike(tmp_path):
             assert np.array_equal(dataset[i, data.NATIVE]["features"].t().numpy(), x)
             rows = dataset.features(i, rows=slice(1, 3))
             assert np.array_equal(rows.t().numpy(), x[1:3])
-        shape = data.read_features(dataset.paths[0][1], values=False)
-        # nothing read, nothing held
-        assert shape.shape == (6, 2) and (source == sources[0] or shape.strides == (0, 0))
     # two processes read one HDF5 file
     dataset = data.FeatureDataset(videos, sources[1], [])
     full = data.Fidelity("full", 4, 0)

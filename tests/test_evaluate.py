@@ -696,6 +696,42 @@ def test_labels_that_are_numbers_are_the_same_as_words():
     assert not metrics["warnings"]
 
 
+@pytest.mark.parametrize("name", ["truth", "result"])
+def test_a_video_twice_in_a_file_is_refused(name, tmp_path):
+    entries = [{"segment": [0, 1], "label": "x", "score": 1}]
+    video = {"subset": "validation", "duration": 2, "annotations": entries}
+    texts = {
+        "truth": json.dumps({"database": {"v": video, "w": video}}),
+        "result": json.dumps({"results": {"v": entries, "w": entries}}),
+    }
+    twice = {name: texts[name].replace('"w"', '"v"')}
+    for key, text in (texts | twice).items():
+        (tmp_path / f"{key}.json").write_text(text)
+    with pytest.raises(ev.InputError, match="duplicate key 'v'"):
+        ev.evaluate(tmp_path / "truth.json", tmp_path / "result.json")
+
+
+def test_classes_of_scores_may_be_a_map():
+    results = {"v": [0.1, 0.7, 0.2]}
+    plain = ev.load_class_scores({"results": results, "class": ["b", "c", "a"]}, ["v"])
+    mapped = ev.load_class_scores({"results": results, "class": {"a": 2, "b": 0, "c": 1}}, ["v"])
+    assert plain[1] == mapped[1] and plain[0].tolist() == mapped[0].tolist()
+    for wrong in ({"a": 1, "b": 2, "c": 3}, 3):
+        with pytest.raises(ev.InputError, match='"class" must be a list'):
+            ev.load_class_scores({"results": results, "class": wrong}, ["v"])
+
+
+@pytest.mark.parametrize("factor, word", [(1 / 40, "fractions"), (25, "long after"), (1, None)])
+def test_other_units_than_seconds_are_noticed(factor, word):
+    annotation = {"segment": [10, 20], "label": "x"}
+    truth = ground_truth(subset="validation", duration=40, annotations=[annotation])
+    result = {"label": "x", "score": 1, "segment": [10 * factor, 20 * factor]}
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        notes = ev.evaluate(truth, {"results": {"a": [result]}})["warnings"]
+    assert any(word in note for note in notes) if word else not notes
+
+
 def ground_truth(**info):
     return {"database": {"a": info}}
 
@@ -706,7 +742,7 @@ def ground_truth(**info):
         ({"results": {}}, 'no "database"'),
         (ground_truth(annotations=[]), "video 'a' has no \"subset\""),
         (ground_truth(subset=["validation"], annotations=[]), "video 'a' has no \"subset\""),
-        (ground_truth(subset="validation"), "video 'a' must have a list, got None"),
+        (ground_truth(subset="validation", annotations=3), "video 'a' must have a list, got 3"),
         (annotations(ONE, subset="test"), "no video of subset 'validation'; there are 'test'"),
         (ground_truth(subset="validation", annotations=[]), "no annotation"),
         (annotations([("a", "x", (0, math.nan))]), "ground truth: video 'a', entry 0"),

@@ -168,7 +168,7 @@ class SubsetCheck:
                 try:
                     x = data.read_features(paths[name])
                     data.check_finite(x, paths[name])
-                    row = name, data.shown_path(paths[name]), x.shape[1]
+                    row = name, paths[name], x.shape[1]
                     self.channels[source].append(row)
                 except InputError as error:
                     self.usable["features"].discard(name)
