@@ -25,6 +25,7 @@ import yaml
 
 import data
 import evaluate
+import sola
 import tsm
 import video_encoders
 from checkpoint import (
@@ -59,7 +60,7 @@ COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
 COST_KEYS |= {"features.chunk_snippets"}
 
 # One class for what a user can mend, repeated in the files that can be copied alone.
-INPUT_ERRORS = (InputError, tsm.InputError, video_encoders.InputError, evaluate.InputError)
+INPUT_ERRORS = (InputError, *(m.InputError for m in (tsm, video_encoders, evaluate, sola)))
 
 OUT_OF_MEMORY = """in stage lofi set lofi.chunk_snippets or lofi.accumulate (the same gradient) or
 encoder.recompute, in stage features a smaller features.chunk_snippets, else a smaller batch_size"""
@@ -296,7 +297,7 @@ def _rules_of_one(values):
 
 def _rules(cfg, pending):
     """Yield the same of keys with rules of their own, which count on those before."""
-    lofi, sola, elsewhere = cfg.lofi, cfg.sola, cfg.data.features
+    lofi, similarity, elsewhere = cfg.lofi, cfg.sola, cfg.data.features
     stages = [s for s in STAGES if not elsewhere or s not in ("lofi", "features")]
     words = f"some of {', '.join(STAGES)}; not lofi or features if data.features is set"
     yield "stages", cfg.stages and all(s in stages for s in cfg.stages), words
@@ -316,9 +317,9 @@ def _rules(cfg, pending):
     in_parts = lofi.chunk_snippets or lofi.accumulate > 1 or cfg.encoder.recompute
     words = "frozen with lofi.chunk_snippets, lofi.accumulate or encoder.recompute"
     yield "lofi.batchnorm", lofi.batchnorm == "frozen" or not in_parts, words
-    yield "sola.kernel", sola.kernel % 2, "an odd number"
-    inside = [isinstance(p, int) and 0 <= p < sola.subsequence for p in sola.positions]
-    words = f"at least two snippets, 0 to {sola.subsequence - 1}"
+    yield "sola.kernel", similarity.kernel % 2, "an odd number"
+    inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
+    words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
     possible = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"

@@ -108,7 +108,7 @@ def find_media(folder, names=None, *, prepared=True, skip=None, log=None) -> dic
     found = {}
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         stem, kind = (entry.name, "/") if entry.is_dir() else os.path.splitext(entry.name)
-        if stem.startswith(".") or kind.lower() not in kinds:
+        if stem.startswith((".", "__MACOSX")) or kind.lower() not in kinds:
             continue
         if kind != "/" or not skipped.startswith(f"{os.path.realpath(entry.path)}/"):
             found.setdefault(stem, []).append((kinds.index(kind.lower()), entry.path))

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class InputError(ValueError):
+    """What a user can mend: a file, a path, an option."""
+
+
 class SoLa(nn.Module):
     """x + tanh(alpha) f(x) on (B, C, L), any L; f is three convolutions and two ReLUs.
 
@@ -61,9 +65,13 @@ class SoLa(nn.Module):
     @classmethod
     def load(cls, path: str) -> "SoLa":
         """Load {"model": state dict, "channels", "hidden", "kernel", ...}, ready for use."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        module = cls(saved["channels"], saved["hidden"], saved["kernel"])
-        module.load_state_dict(saved["model"])
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            module = cls(saved["channels"], saved["hidden"], saved["kernel"])
+            module.load_state_dict(saved["model"])
+        except Exception as error:  # a damaged or foreign file makes torch raise almost anything
+            words = f"{path} is not a module of stage sola"
+            raise InputError(f"{words} ({type(error).__name__}: {error!s:.200})") from None
         return module.eval().requires_grad_(False)
 
 

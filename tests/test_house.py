@@ -112,7 +112,7 @@ def test_ruff_finds_nothing(command):
 
 def test_input_error_is_the_same_in_the_files_that_stand_alone():
     found = set()
-    for name in ("media", "tsm", "video_encoders", "evaluate"):
+    for name in ("media", "tsm", "video_encoders", "evaluate", "sola"):
         nodes = [node for node in tree(TOP[name]).body if getattr(node, "name", "") == "InputError"]
         assert len(nodes) == 1, name
         found.add(ast.dump(nodes[0]))

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy, cosine_similarity
 
 from sola import (
+    InputError,
     Predictor,
     SimilarityMatching,
     SoLa,
@@ -297,3 +298,12 @@ def test_a_step_runs_the_forward_pass_alone_in_the_given_context():
     with autocast():
         loss, z = net(batch["features"])
     assert z.dtype == torch.float32 and terms["loss"] == loss and terms["spread"] == spread(z)
+
+
+@pytest.mark.parametrize("change", [{"model": {}}, {"hidden": "x"}, {"channels": 7}, None])
+def test_a_foreign_module_is_named(change, tmp_path):
+    module = SoLa(8, 4)
+    content = {"model": module.state_dict(), "channels": 8, "hidden": 4, "kernel": 3}
+    torch.save([1] if change is None else content | change, tmp_path / "sola.pt")
+    with pytest.raises(InputError, match=r"sola\.pt is not a module of stage sola"):
+        SoLa.load(tmp_path / "sola.pt")
