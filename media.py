@@ -137,6 +137,9 @@ def stack_frames(frames, places, view=None, path=""):
     view: what to keep of a frame, say a crop: (H, W, 3) array -> (h, w, 3) array. Returns
     (F, 3, h, w) uint8 with channels-last memory, as decoders and cuDNN have it.
     """
+    rows = {}
+    for row, k in enumerate(places.tolist()):
+        rows.setdefault(k, []).append(row)
     stacked = None
     for k, frame in enumerate(frames):
         # numpy's slices and copies cost a third of torch's, and a video has 800 frames.
@@ -146,7 +149,7 @@ def stack_frames(frames, places, view=None, path=""):
             stacked = np.empty((len(places), *frame.shape), np.uint8)
         if frame.shape != stacked.shape[1:]:
             raise InputError(f"{path} has frames of sizes {frame.shape} and {stacked.shape[1:]}")
-        for row in np.flatnonzero(places == k):
+        for row in rows[k]:
             stacked[row] = frame
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
