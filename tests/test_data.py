@@ -165,6 +165,9 @@ def test_foreign_hdf5_files_are_named(tmp_path):
     found = data.find_features(f"{tmp_path}/f.h5", ["folder/v", "none"])
     assert data.read_features(found["folder/v"]).shape == (4, 3) and len(found) == 1
     assert data.feature_file(found["folder/v"]) == f"{tmp_path}/f.h5"
+    # Where only the shape is wanted, nothing is read and nothing held.
+    shape = data.read_features(found["folder/v"], values=False)
+    assert shape.shape == (4, 3) and shape.strides == (0, 0)
 
 
 def test_a_duplicate_video_is_named(tmp_path):
