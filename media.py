@@ -385,11 +385,9 @@ class VideoFile:
         if self.suffix == ".avi" and stream.num_frames_from_header and fps:
             # FFmpeg derives the duration of a truncated AVI from its size.
             return stream.num_frames_from_header / fps
-        duration, whole = (
-            stream.duration_seconds_from_header,
-            container.duration_seconds_from_header,
-        )
-        declared = self.times[0] + duration if duration else whole or self.end
+        declared = container.duration_seconds_from_header or self.end
+        if stream.duration_seconds_from_header:
+            declared = self.times[0] + stream.duration_seconds_from_header
         if self.suffix == ".wmv":  # whose header counts what comes before the first frame already
             declared -= self.times[0]
         if self.end < 0.99 * declared and container.best_audio_stream_index is not None:
@@ -420,8 +418,9 @@ class VideoFile:
         builds on it. short_side: what the decoder shrinks larger frames to, rounded up.
         """
         numbers = np.unique(numbers)
-        numbers = numbers[self.index(numbers) >= 0]
         index = self.index(numbers)
+        numbers = numbers[index >= 0]
+        index = index[index >= 0]
         scale = np.ceil(short_side) / min(self.height, self.width) if short_side else 1
         size = (round(self.height * scale), round(self.width * scale)) if scale < 1 else None
         decoder = None
@@ -441,10 +440,15 @@ class VideoFile:
                 continue
             yield int(numbers[k]), frame
             k += 1
-        for position, frame in self._decode_all(size) if k < len(index) else ():
+        for position, raw_frame in self._decode_all() if k < len(index) else ():
+            if index[k] > position:
+                continue
+            frame = self._convert(raw_frame, size)
             while k < len(index) and index[k] <= position:
                 yield int(numbers[k]), frame
                 k += 1
+            if k == len(index):
+                break
 
     def _make_decoder(self, size=None):
         return VideoDecoder(self.path, transforms=[Resize(size)] if size else None)
@@ -465,9 +469,9 @@ class VideoFile:
                 exact[i] = True
         return exact[0] and any(exact[1:])
 
-    def _decode_all(self, size):
-        """Yield (index, frame) of all frames from the first on, which needs no seeking."""
-        from torchcodec.decoders import ColorConverter, Demuxer
+    def _decode_all(self):
+        """Yield (index, RawFrame) of all frames from the first on, which needs no seeking."""
+        from torchcodec.decoders import Demuxer
 
         demuxer = Demuxer(self.path)
         try:
@@ -475,7 +479,8 @@ class VideoFile:
         except RuntimeError as error:
             reason = f"{_reason(error)}; FFmpeg here has no decoder for it"
             raise InputError(f"{self.path} cannot be decoded ({reason})") from None
-        converter = ColorConverter()
+        # By its time, or where packets have none or another one, by its order.
+        by_time = self.suffix not in (".avi", *PROGRAM_STREAMS)
         index = -1
         for packet in itertools.chain(demuxer, [None]):
             try:
@@ -483,14 +488,21 @@ class VideoFile:
             except RuntimeError:
                 continue
             for raw_frame in raw_frames:
-                # By its time, or where packets have none or another one, by its order.
-                same = np.flatnonzero(abs(self.stamps - raw_frame.pts_seconds) < 1e-4)
-                by_time = len(same) and self.suffix not in (".avi", *PROGRAM_STREAMS)
-                index = max(int(same[0]), index + 1) if by_time else index + 1
-                frame = converter.convert(raw_frame).data
-                if size:
-                    frame = interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
-                yield index, frame
+                index += 1
+                if by_time:
+                    near = int(np.searchsorted(self.stamps, raw_frame.pts_seconds - 1e-4))
+                    same = near < len(self.stamps)
+                    same = same and abs(self.stamps[near] - raw_frame.pts_seconds) < 1e-4
+                    index = max(near, index) if same else index
+                yield index, raw_frame
+
+    def _convert(self, raw_frame, size):
+        from torchcodec.decoders import ColorConverter
+
+        frame = ColorConverter().convert(raw_frame).data
+        if size:
+            frame = interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
+        return frame
 
 
 def check_coverage(path: str, decoded: int, wanted: int) -> None:
