@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from tqdm import tqdm
 
 import media
+from evaluate import unique_keys
 from media import InputError, snippet_frames
 from sola import sample_subsequences
 
@@ -69,19 +70,10 @@ MAX_BYTES = 2**36  # of the features of one video
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def _refuse_duplicates(pairs):
-    """Return the dictionary of a JSON object; json.load would keep the last of equal keys."""
-    items = dict(pairs)
-    if len(items) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {max(keys, key=keys.count)!r}")
-    return items
-
-
 def _read_json(path, expected, parse):
     try:
         with open(path, "rb") as file:
-            return parse(json.load(file, object_pairs_hook=_refuse_duplicates))
+            return parse(json.load(file, object_pairs_hook=unique_keys))
     except (OSError, *MALFORMED) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
@@ -487,6 +479,22 @@ def feature_file(path):
     return path
 
 
+def _read_hdf5(path, values):
+    # Opened for each video: workers must not share a file that was open at their fork.
+    file_path = feature_file(path)
+    with _open_hdf5(file_path) as file:
+        node = file[path[len(file_path) + 1 :] or "/"]
+        for _ in range(8):  # a group may hold itself
+            if not hasattr(node, "keys"):
+                break
+            if len(node) != 1:
+                raise ValueError(f"{len(node)} entries instead of one array")
+            node = node[next(iter(node))]
+        if node.size * node.dtype.itemsize > MAX_BYTES:
+            raise ValueError(f"an array of shape {node.shape}")
+        return node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
+
+
 def read_features(path, values=True):
     """Return the features at a path of find_features: (L, C), .npy memory-mapped.
 
@@ -496,20 +504,7 @@ def read_features(path, values=True):
         if path.endswith(".npy"):
             features = np.load(path, mmap_mode="r")
         else:
-            # Opened for each video: workers must not share a file that was open at their fork.
-            file_path = feature_file(path)
-            with _open_hdf5(file_path) as file:
-                node = file[path[len(file_path) + 1 :] or "/"]
-                for _ in range(8):  # a group may hold itself
-                    if hasattr(node, "keys"):
-                        if len(node) != 1:
-                            raise ValueError(f"{len(node)} entries instead of one array")
-                        node = node[next(iter(node))]
-                if node.size * node.dtype.itemsize > MAX_BYTES:
-                    raise ValueError(f"an array of shape {node.shape}")
-                features = (
-                    node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
-                )
+            features = _read_hdf5(path, values)
         if not isinstance(features, np.ndarray):
             raise ValueError(f"a {type(features).__name__} instead of one array")
     except (OSError, EOFError, RuntimeError, MemoryError, *MALFORMED) as error:

@@ -348,7 +348,7 @@ def _read_predictions(results, name, truth, subset, ar, notes):
     lasts = truth.durations[video[video >= 0]], read.segment[video >= 0, 1]
     with np.errstate(invalid="ignore"):
         late = np.nan_to_num(lasts[1] / lasts[0]) > 1.5
-    if late.mean() > 0.5 if len(late) else False:
+    if 2 * late.sum() > len(late):
         notes.append(f"{late.sum()} predictions end long after their video: are they in seconds?")
     elif len(late) and lasts[1].max() <= 1 < np.nanmin(lasts[0], initial=np.inf) / 2:
         notes.append("all predictions end within 1 s: are they fractions instead of seconds?")
@@ -370,7 +370,7 @@ def _count(names, noun):
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({shown})"
 
 
-def _unique_keys(pairs):
+def unique_keys(pairs):
     """Return the dictionary of a JSON object; json.load would keep the last of equal keys."""
     items = dict(pairs)
     if len(items) < len(pairs):
@@ -386,7 +386,7 @@ def _load(source, what):
         name = os.fspath(source)
         try:
             with open(source, encoding="utf-8-sig") as file:
-                source = json.load(file, object_pairs_hook=_unique_keys)
+                source = json.load(file, object_pairs_hook=unique_keys)
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{name} cannot be read as JSON: {error}") from None
     if not isinstance(source, dict):
