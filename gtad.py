@@ -392,7 +392,7 @@ def loss_weights(targets: Targets, *, generator=None, shard=(0, 1), reduce=lambd
     each to be expected, at random, in (0.3, 0.7] and (0, 0.3]. What has no cells has no weight.
 
     Several ranks, each with B videos: `shard` = (rank, ranks) with generators of equal state draws
-    for the global batch and keeps this rank's rows; `reduce` averages a scalar over the ranks.
+    for the global batch and keeps this rank's rows; `reduce` averages a tensor over the ranks.
     Gradients averaged over ranks are then those of the global batch on one rank.
     """
     rank, ranks = shard
@@ -400,21 +400,23 @@ def loss_weights(targets: Targets, *, generator=None, shard=(0, 1), reduce=lambd
         raise ValueError(f"got shard {shard}, expected (rank, ranks) with 0 <= rank < ranks")
     iou, valid = targets.iou, targets.valid
 
-    def half(mask):
-        count = reduce(mask.sum().to(iou.dtype))
+    def half(mask, count):
         return mask * (0.5 / count).where(count > 0, 0)
 
-    start = half(targets.start > 0.5) + half(targets.start <= 0.5)
-    end = half(targets.end > 0.5) + half(targets.end <= 0.5)
-    classification = half((iou > 0.9) & valid) + half((iou <= 0.9) & valid)
-
+    masks = [targets.start > 0.5, targets.end > 0.5, (iou > 0.9) & valid]
+    masks += [targets.start <= 0.5, targets.end <= 0.5, (iou <= 0.9) & valid]
     bands = [iou > 0.7, (iou > 0.3) & (iou <= 0.7), (iou > 0) & (iou <= 0.3)]
-    high, middle, low = (reduce(band.sum().to(iou.dtype)) for band in bands)
+    # In one message.
+    counts = reduce(torch.stack([mask.sum() for mask in masks + bands]).to(iou.dtype))  # (9,)
+    halves = [half(mask, count) for mask, count in zip(masks, counts[:6], strict=True)]
+    start, end, classification = (halves[i] + halves[i + 3] for i in range(3))
+    high, middle, low = counts[6:]
     device = iou.device if generator is None else generator.device
     draw = torch.rand(ranks * len(iou), *iou.shape[1:], generator=generator, device=device)
     draw = draw.chunk(ranks)[rank].to(iou.device)
     kept = bands[0] | bands[1] & (draw * middle < high) | bands[2] & (draw * low < high)
-    return Weights(start, end, half(kept), classification)
+    regression = half(kept, reduce(kept.sum().to(iou.dtype)))
+    return Weights(start, end, regression, classification)
 
 
 def cross_entropy(score: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
