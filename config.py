@@ -280,6 +280,12 @@ def check(cfg, files=True):
     return pending
 
 
+def reads_frames(cfg, stages):
+    """Return whether one of these stages reads the frames of the annotated videos."""
+    target_clips = "pretrain" in stages and "acp_plus" in cfg.pretrain.method
+    return target_clips or "lofi" in stages or "features" in stages
+
+
 def _rules_of_one(values):
     """Yield (key, whether its value can be used, what is expected) of choices and numbers."""
     defaults = flatten(_read_yaml(DEFAULT))
@@ -306,9 +312,7 @@ def _rules(cfg, pending):
     words = "true with video.rate, false without, for features of the run's own"
     yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
     yield "video.crop", cfg.video.crop <= 1, "a number in (0, 1]"
-    target_clips = "pretrain" in pending and "acp_plus" in cfg.pretrain.method
-    needed = target_clips or not {"lofi", "features"}.isdisjoint(pending)
-    yield "data.frames", cfg.data.frames or not needed, "a folder"
+    yield "data.frames", cfg.data.frames or not reads_frames(cfg, pending), "a folder"
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
     yield "device", not no_gpu, "auto or cpu, as torch finds no GPU here"
     names = ["full", *cfg.fidelities]
@@ -357,8 +361,7 @@ def _check_files(cfg, values, todo):
     val = cfg.data.val_subset if "detect" in todo else None
     from_truth = cfg.detect.class_scores == "ground_truth"
     data.check_segments(subsets, train=train, val=val, needs_classes=from_truth)
-    target_clips = "pretrain" in todo and "acp_plus" in cfg.pretrain.method
-    kind = "frames" if target_clips or {"lofi", "features"} & todo else "features"
+    kind = "frames" if reads_frames(cfg, todo) else "features"
     if kind == "frames" or (cfg.data.features and {"sola", "head"} & todo):
         for split in ("train", "val"):
             load_videos(cfg, split, cfg.data[kind], kind, log=lambda message: None)
@@ -550,9 +553,9 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         run.lock()
     remedy = "name another folder with --set out=..., or remove that one yourself"
     exists = os.path.exists(run.config)
-    foreign = [path for path in map(f"{cfg.out}/{{}}".format, MADE) if os.path.exists(path)]
+    foreign = [name for name in MADE if os.path.exists(f"{cfg.out}/{name}")]
     if foreign and not exists:
-        raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
+        raise InputError(f"{cfg.out}/{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
     # Of a start from which nothing came.
     ours = ("config.json", "versions.json", "inputs.json", "lock")

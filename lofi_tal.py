@@ -211,8 +211,7 @@ def detect_stage(cfg, run, ddp):
     """Find segments in the validation videos, each rank its share; NMS, classes, metrics."""
     started = time.monotonic()
     dataset = config.feature_dataset(cfg, run, "val", ddp.log)
-    sizes = (cfg[cfg.tal_head], dataset.channels)
-    model, saved = Localizer.load(run.head, cfg.tal_head, *sizes)
+    model, saved = Localizer.load(run.head, cfg.tal_head, cfg[cfg.tal_head], dataset.channels)
     model.to(ddp.device).eval()
     class_scores, source = config.class_scores(cfg, dataset.videos)
     full = config.run_fidelities(cfg)["full"]

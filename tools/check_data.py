@@ -289,8 +289,7 @@ def find_sources(args):
     subsets = [cfg.data.train_subset, cfg.data.val_subset]
     names = cfg.data.annotations, subsets, cfg.data.frames, features, cfg.data.durations
     sources = Sources(*(one or other for one, other in zip(given, names, strict=True)))
-    target_clips = "pretrain" in stages and cfg.pretrain.method.startswith("acp_plus")
-    required = ["frames"] if {"lofi", "features"} & stages or target_clips else []
+    required = ["frames"] if config.reads_frames(cfg, stages) else []
     required += ["features"] if sources.features else []
     return replace(sources, settings=settings, required=required, train=cfg.data.train_subset)
 
