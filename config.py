@@ -54,6 +54,12 @@ STAGES = {
 
 MADE = (*STAGES, "proposals.json", "result.json", "metrics.json")
 
+# Who made the classes of a run's detections, by cfg.classes.
+CLASS_SOURCES = {
+    "video": "video classifier of the run",
+    "segment": "segments, classifier of the run",
+}
+
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every"}
 COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
@@ -250,6 +256,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
     "tal_head": ("gtad", "bmn"),
+    "classes": tuple(CLASS_SOURCES),
     "batchnorm": ("frozen", "train", "recalibrate"),
     "cycle": ("epoch", "batch"),
     "optimizer": ("sgd", "adam", "adamw"),
@@ -257,7 +264,7 @@ CHOICES = {
 }
 # Other numbers are above 0 unless their default is 0, and whole if their default is.
 MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers"}
-MAY_BE_ZERO |= {"context_bins", "checkpoint_sec"}
+MAY_BE_ZERO |= {"context_bins", "checkpoint_sec", "confidence_power", "dropout", "layers"}
 NULL_OR_COUNT = ("chunk_snippets", "cycle_length", "durations")
 
 
@@ -386,6 +393,12 @@ def _check_files(cfg, values, todo):
 read_annotations = functools.lru_cache(1)(data.load_annotations)  # one reading serves all stages
 
 
+def head_options(cfg, channels):
+    """Return the arguments of Localizer but for its classes and encoder."""
+    sizes = {"head": cfg.tal_head, "sizes": cfg[cfg.tal_head], "channels": channels}
+    return sizes | {"per_segment": cfg.classifier if cfg.classes == "segment" else None}
+
+
 def run_fidelities(cfg):
     """Return {name: data.Fidelity} of "full" and of those that stage lofi trains at."""
     used = cfg.lofi.fidelities if "lofi" in cfg.stages else ()
@@ -418,7 +431,7 @@ def feature_source(cfg, run, raw=False):
 
 
 def feature_dataset(cfg, run, split, log=print, raw=False):
-    """Return the features that the head sees, or their windows; raw: what SoLa sees."""
+    """Return the features that the head sees, training in windows; raw: what SoLa sees."""
     source = feature_source(cfg, run, raw)
     videos = load_videos(cfg, split, source, "features", log)
     dataset = data.FeatureDataset(videos, source, data.class_names(videos))
@@ -426,9 +439,9 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
     log(f"{split}: features of {len(videos)} videos, in the first {L} snippets x {C} channels")
     if C == cfg.video.snippets != L:
         log(f"{split}: are there {C} snippets of {L} channels? files must hold (L, C): transpose")
-    if raw or not cfg.data.windows:
+    if raw or split == "val" or not cfg.data.windows:
         return dataset
-    return data.WindowDataset(dataset, cfg.video.snippets, train=split == "train")
+    return data.WindowDataset(dataset, cfg.video.snippets)
 
 
 def subsequences(cfg, features, ddp):
@@ -456,7 +469,7 @@ def class_scores(cfg, videos):
     """Return (scores (V, n), n names) from elsewhere, or None, and who made the classes."""
     source = cfg.detect.class_scores
     if source == "own":
-        return None, "video classifier of the run"
+        return None, CLASS_SOURCES[cfg.classes]
     names = [video.name for video in videos]
     if source != "ground_truth":
         return evaluate.load_class_scores(source, names), f"external file {source}"

@@ -118,9 +118,12 @@ def class_names(videos: list[Video]) -> list[str]:
 
 
 def targets_of(segments, labels, classes):
-    """Return {"segments" (N, 2), "target" (n,): equal shares for the labels that are classes}."""
+    """Return {"segments" (N, 2), "labels" (N,): the index of each one's class, -1 for others,
+    "target" (n,): equal shares for the classes that occur}."""
+    index = {name: i for i, name in enumerate(classes)}
     target = torch.tensor([float(c in labels) for c in classes])
-    return {"segments": segments, "target": target / target.sum().clamp(min=1)}
+    labels = torch.tensor([index.get(label, -1) for label in labels], dtype=torch.long)
+    return {"segments": segments, "labels": labels, "target": target / target.sum().clamp(min=1)}
 
 
 def check_segments(subsets, train=None, val=None, needs_classes=False):
@@ -372,7 +375,7 @@ def read_view(source, numbers, size, ratio, corner=(0.5, 0.5), flip=False):
 @dataclass(eq=False)
 class VideoDataset:
     """Untrimmed videos as frames: dataset[index, fidelity] -> {"name", "frames" (L, T, 3, H, W),
-    "segments" (N, 2), "target" (n,) class distribution, "last"}.
+    "last"} and targets_of its segments.
 
     snippets: L at full fidelity. rate: snippets a second instead. Training then takes windows of
     `snippets` of them that have a segment; else a video comes in pieces of at most `snippets`, of
@@ -543,7 +546,7 @@ def _check_feature_info(content):
 
 class FeatureDataset:
     """Videos as features: dataset[index, fidelity] -> {"name", "features" (C, L) float32,
-    "segments" (N, 2), "target" (n,) class distribution}.
+    "segments" (N, 2), "labels" (N,), "target" (n,) class distribution}.
 
     source: a folder or HDF5 file, or a list of them, whose channels are put side by side.
     """
@@ -667,11 +670,12 @@ def window_starts(count: int, length: int) -> list[int]:
     return [*range(0, count - length, length // 2), max(count - length, 0)]
 
 
-def cut_windows(features: torch.Tensor, length: int) -> tuple[torch.Tensor, list[int]]:
+def cut_windows(features: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut features (C, L) into windows (W, C, length), zero beyond the end; and their starts."""
     starts = window_starts(features.shape[1], length)
     features = pad(features, (0, max(length - features.shape[1], 0)))
-    return torch.stack([features[:, i : i + length] for i in starts]), starts
+    windows = torch.stack([features[:, i : i + length] for i in starts])
+    return windows, torch.tensor(starts, device=features.device)
 
 
 def clip_to_window(segments, labels, count, first, length):
@@ -695,30 +699,19 @@ def windows_with_segments(videos, counts, length):
 
 
 class WindowDataset(FeatureDataset):
-    """Windows of `length` snippets over a FeatureDataset at its own rate, for long videos.
+    """Windows of `length` snippets with a segment, over a FeatureDataset at its own rate: training
+    samples as those of FeatureDataset, zero beyond the end of a short video."""
 
-    Training: dataset[index, fidelity] is a window with a segment, as a sample of FeatureDataset.
-    Else it is a video with all its windows: {"name", "features" (W, C, length), "first" (W,),
-    "snippets"}, for batches of one. Beyond the end of a short video they are zero.
-    """
-
-    def __init__(self, dataset: FeatureDataset, length: int, train: bool = False):
+    def __init__(self, dataset: FeatureDataset, length: int):
         vars(self).update(vars(dataset))
         self.length = length
-        self.train = train
-        if train:
-            self.counts = [self.num_snippets(i) for i in range(len(self.videos))]
-            self.items = windows_with_segments(self.videos, self.counts, length)
+        self.counts = [self.num_snippets(i) for i in range(len(self.videos))]
+        self.items = windows_with_segments(self.videos, self.counts, length)
 
     def __len__(self):
-        return len(self.items) if self.train else len(self.videos)
+        return len(self.items)
 
     def __getitem__(self, pair):
-        if not self.train:
-            x = self.features(pair[0])
-            windows, starts = cut_windows(x, self.length)
-            sample = {"name": self.videos[pair[0]].name, "features": windows}
-            return sample | {"first": torch.tensor(starts), "snippets": x.shape[1]}
         i, first = self.items[pair[0]]
         video = self.videos[i]
         actions = clip_to_window(*video.actions, self.counts[i], first, self.length)
@@ -736,7 +729,7 @@ def collate(samples: list[dict]) -> dict:
     """Return a batch: tensors are stacked, numbers become a tensor, names and segments lists."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     for key, values in batch.items():
-        if key in ("name", "segments"):
+        if key in ("name", "segments", "labels"):
             continue
         if len(values) == 1 and torch.is_tensor(values[0]):
             batch[key] = values[0][None]

@@ -173,13 +173,14 @@ def fuse_classes(
     *,
     top_k: int = 1,
 ) -> dict[str, list[dict]]:
-    """Give class-agnostic proposals the classes of their video: detections in seconds.
+    """Give class-agnostic proposals the classes of their video, or of each: detections in seconds.
 
-    Every valid proposal is emitted for each of the video's top_k classes (2 on ActivityNet, 1 on
-    HACS) with score = proposal score * class score. A class with score 0 is not emitted.
+    Every valid proposal is emitted for each of its top_k classes (2 on ActivityNet, 1 on HACS) with
+    score = proposal score * class score. A class with score 0 is not emitted.
 
     segments (B, K, 2) fractions of the video, scores (B, K), valid (B, K) or None, B videos and
-    their durations in seconds, class_scores (B, n), n labels. Raises InputError for NaN, infinity.
+    their durations in seconds, class_scores (B, n) or, of each proposal, (B, K, n), n labels.
+    Raises InputError for NaN and infinity.
     Returns {video: [{"label", "score", "segment": [start_sec, end_sec]}, ...]}, best first.
     """
     B, K = scores.shape
@@ -187,16 +188,25 @@ def fuse_classes(
     segments = _checked("segments", segments, (B, K, 2), valid)
     scores = _checked("scores", scores, (B, K), valid)
     durations = _checked("durations", durations, (B,))
-    class_scores = _checked("class_scores", class_scores, (B, len(labels)))
-    best = np.argsort(-class_scores, axis=1, kind="stable")[:, :top_k]  # (B, top_k)
+    per_video = class_scores.ndim == 2
+    shape = (B, len(labels)) if per_video else (B, K, len(labels))
+    class_scores = _checked("class_scores", class_scores, shape)
+    best = np.argsort(-class_scores, axis=-1, kind="stable")[..., :top_k]
+    class_scores = np.take_along_axis(class_scores, best, -1)
+    if per_video:
+        best = np.broadcast_to(best[:, None], (B, K, best.shape[1]))
+        class_scores = class_scores[:, None]
+    fused = scores[:, :, None] * class_scores  # (B, K, top_k)
+    emitted = valid[:, :, None] & (class_scores != 0)
     results = {}
     for b, video in zip(range(B), videos, strict=True):
-        classes = best[b, class_scores[b, best[b]] != 0]
-        fused = np.outer(scores[b, valid[b]], class_scores[b, classes]).ravel()
-        order = np.argsort(-fused, kind="stable")
-        proposal, column = np.divmod(order, max(len(classes), 1))
-        seconds = segments[b, valid[b]][proposal] * durations[b]
-        rows = zip(classes[column].tolist(), fused[order].tolist(), seconds.tolist(), strict=True)
+        proposal, column = emitted[b].nonzero()
+        order = np.argsort(-fused[b, proposal, column], kind="stable")
+        proposal = proposal[order]
+        column = column[order]
+        found = (best[b, proposal, column], fused[b, proposal, column])
+        seconds = segments[b, proposal] * durations[b]
+        rows = zip(*(x.tolist() for x in found), seconds.tolist(), strict=True)
         results[video] = [{"label": labels[c], "score": x, "segment": s} for c, x, s in rows]
     return results
 

@@ -40,8 +40,6 @@ from localizer import Distributed, Localizer, build_encoder, extract_features, p
 from media import InputError
 from sola import SoLa
 
-CLASS_SOURCE = "video classifier of the run"
-
 
 @dataclass
 class Model:
@@ -73,8 +71,7 @@ def load(run, device="auto", chunk_snippets=None):
     if missing:
         raise InputError(f"{run} is not finished: no {missing[0]}")
     encoder = build_encoder(**cfg.encoder, weights=config.encoder_path(cfg, folder))
-    sizes = cfg[cfg.tal_head]
-    localizer, _ = Localizer.load(folder.head, cfg.tal_head, sizes, encoder.channels)
+    localizer, _ = Localizer.load(folder.head, **config.head_options(cfg, encoder.channels))
     for module in (encoder, localizer):
         module.to(device).eval().requires_grad_(False)
     sola = SoLa.load(folder.sola).to(device) if "sola" in cfg.stages else None
@@ -144,13 +141,9 @@ def localize(model, video, bar=False):
         raise InputError(f"{source.path}: no frame rate; add a video.json (fps, duration_sec)")
     try:
         x = encode_video(model, source, bar)
-        windows = None
-        if model.cfg.data.windows:
-            num_snippets = x.shape[2]
-            x, first = data.cut_windows(x[0], model.cfg.video.snippets)
-            windows = torch.tensor(first, device=x.device), num_snippets
+        window = model.cfg.video.snippets if model.cfg.data.windows else None
         video = ([""], [source.duration])
-        found, _ = predict(model.localizer, x, *video, model.cfg.detect, windows=windows)
+        found, _ = predict(model.localizer, x, *video, model.cfg.detect, window=window)
         return found[""]
     except RuntimeError as error:
         # On a CPU, torch has no class of its own for this.
@@ -221,7 +214,8 @@ def localize_files(model, paths, result_path, run):
         print(f"{name}: {length}\n{table(detections)}", flush=True)
         results[name] = detections
         videos[name] = {"path": path, "duration": source.duration}
-        metadata = {"class_source": CLASS_SOURCE, "run": os.path.abspath(run), "videos": videos}
+        class_source = config.CLASS_SOURCES[model.cfg.classes]
+        metadata = {"class_source": class_source, "run": os.path.abspath(run), "videos": videos}
         evaluate.save_results(results, result_path, **metadata)
         names.append(name)
     return names

@@ -18,7 +18,8 @@ from itertools import chain
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import bmn
@@ -139,19 +140,93 @@ def fresh_group(timeout_sec=600):
     return {"store": dist.PrefixStore(word, store), "rank": rank, "world_size": world_size}
 
 
-class Localizer(nn.Module):
-    """Chain (encoder ->) head, and a linear video classifier beside it, in one forward for DDP.
+class SnippetClassifier(nn.Module):
+    """Classify snippets: features (B, C, L) -> logits (B, n + 1, L), the last those of background.
 
-    encoder: for frames (stage lofi); features need none (stage head). head, sizes: a key of HEADS
-    and its constructor's arguments. classes: names; without any, no classifier.
-
-    The head sees features standardized over snippets, by `mean` and `std`; the classifier sees
-    their mean over the video standardized over videos, which differ less than snippets do. Until
-    these buffers are set they change nothing.
+    Between 1x1 convolutions are residual ones with dilation 1, 2, 4, ... (MS-TCN, Farha and Gall,
+    CVPR 2019). The logits of a span, of any length, are their mean over it: see `span_means`.
     """
 
-    def __init__(self, head, sizes, channels, classes=(), encoder=None):
+    def __init__(self, channels, num_classes, width=64, layers=5, dropout=0.3):
         super().__init__()
+        self.first = nn.Conv1d(channels, width, 1)
+        self.layers = nn.ModuleList()
+        for dilation in (2**k for k in range(layers)):
+            conv = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
+            mix = nn.Conv1d(width, width, 1)
+            self.layers.append(nn.Sequential(conv, nn.ReLU(), mix, nn.Dropout(dropout)))
+        self.last = nn.Conv1d(width, num_classes + 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.last(x)
+
+
+def span_means(x: Tensor, spans: Tensor) -> Tensor:
+    """Return the means of x (B, n, L) over spans (B, K, 2), fractions of the video: (B, n, K).
+
+    x is constant over each snippet, and 0 before and after the video, where spans may lie.
+    """
+    L = x.shape[2]
+    total = F.pad(x.double().cumsum(2), (1, 0))  # (B, n, L + 1), up to each snippet's start
+    ends = (spans.double() * L).clamp(0, L)
+    snippet = ends.long().clamp(max=L - 1)
+    sums = []
+    for end, index in zip(ends.unbind(2), snippet.unbind(2), strict=True):  # (B, K)
+        columns = index[:, None].expand(-1, x.shape[1], -1)
+        sums.append(total.gather(2, columns) + (end - index)[:, None] * x.gather(2, columns))
+    length = (spans[:, :, 1] - spans[:, :, 0]).double() * L
+    return ((sums[1] - sums[0]) / length.clamp_min(1e-6)[:, None]).to(x.dtype)
+
+
+def segment_probabilities(logits: Tensor, segments: Tensor) -> Tensor:
+    """Return how much more probable each class is in a segment than beside it: (B, K, n).
+
+    logits: (B, n + 1, L), of a SnippetClassifier. segments: (B, K, 2), fractions of the video.
+    From the softmax of a segment's mean logits the mean probability in its two flanks is
+    subtracted, each a quarter of its length, and what is below 0 is 0. So a part of an action has
+    less than all of it, and what spans two actions has little of both.
+    """
+    inside = span_means(logits, segments).softmax(1)
+    flank = (segments[:, :, 1] - segments[:, :, 0]) / 4
+    outside = [segments[:, :, 0] - flank, *segments.unbind(2), segments[:, :, 1] + flank]
+    spans = torch.stack(outside, 2).unflatten(2, (2, 2))  # (B, K, before and after, 2)
+    beside = span_means(logits.softmax(1), spans.flatten(1, 2)).unflatten(2, (-1, 2)).mean(3)
+    return (inside - beside).relu()[:, :-1].transpose(1, 2)
+
+
+def training_spans(segments: Tensor, labels: Tensor, background: int, generator) -> tuple:
+    """Return spans (S, 2) of a video to train a SnippetClassifier on, and their classes (S,).
+
+    They are the video's segments (N, 2) with labels (N,), their ends moved by up to a tenth of the
+    length, and as many random spans, one at least, that overlap none by a tIoU of 0.3: background.
+    """
+    shift = 0.2 * torch.rand(segments.shape, generator=generator) - 0.1
+    moved = segments + shift * (segments[:, 1:] - segments[:, :1])
+    spans = torch.rand(50 * (len(segments) + 1), 2, generator=generator).sort(1).values
+    overlaps = evaluate.tiou(spans, segments)
+    spans = spans[(overlaps < 0.3).all(1)][: max(len(segments), 1)]
+    classes = torch.cat([labels, labels.new_full((len(spans),), background)])
+    return torch.cat([moved, spans]), classes
+
+
+class Localizer(nn.Module):
+    """Chain (encoder ->) head, and a classifier beside it, in one forward for DDP.
+
+    encoder: for frames (stage lofi); features need none (stage head). head, sizes: a key of HEADS
+    and its constructor's arguments. classes: names; without any, no classifier. per_segment: None,
+    a linear classifier of the mean over the video, or the sizes of a SnippetClassifier.
+
+    All see features standardized over snippets, by `mean` and `std`, but a video's mean is
+    standardized over videos, which differ less than snippets do. Until these buffers are set they
+    change nothing.
+    """
+
+    def __init__(self, head, sizes, channels, classes=(), encoder=None, per_segment=None):
+        super().__init__()
+        self.per_segment = per_segment is not None
         self.encoder = encoder
         try:
             self.head = HEADS[head](in_channels=channels, **sizes)
@@ -162,16 +237,18 @@ class Localizer(nn.Module):
         self.classifier = None
         if classes:
             self.classifier = nn.Linear(channels, len(classes))
+            if self.per_segment:
+                self.classifier = SnippetClassifier(channels, len(classes), **per_segment)
             self.register_buffer("mean", torch.zeros(channels))
             self.register_buffer("std", torch.ones(channels))
             self.register_buffer("video_std", torch.ones(channels))
 
     @classmethod
-    def load(cls, path, head, sizes, channels):
+    def load(cls, path, head, sizes, channels, per_segment=None):
         """Return the model that stage head saved, and what it saved beside."""
         saved = {"seconds": 0.0, "trained_on": None} | checkpoint.load_state(path)
         try:
-            model = cls(head, sizes, channels, saved["classes"])
+            model = cls(head, sizes, channels, saved["classes"], per_segment=per_segment)
             model.load_state_dict(saved["model"])
         except checkpoint.DAMAGE as error:
             words = f"{path} is not a {head} of the config's sizes for {channels} channels"
@@ -181,27 +258,34 @@ class Localizer(nn.Module):
     def forward(self, x):
         """Map frames (B, L, T, 3, H, W) or features (B, C, L) to the head's outputs and classes.
 
-        Returns start (B, L), end (B, L), map (B, 2, D, L) and class logits (B, n) or None.
+        Returns start (B, L), end (B, L), map (B, 2, D, L) and None or the classes' logits, (B, n)
+        of videos or (B, n + 1, L) of snippets.
         """
         if x.ndim == 6:
             x = self.encoder(x)
         if self.classifier is None:
             return *self.head(x), None
+        return *self.head((x - self.mean[:, None]) / self.std[:, None]), self.classify(x)
+
+    def classify(self, x):
+        """Return the logits of features (B, C, L), as `forward` does."""
         x = x - self.mean[:, None]
-        return *self.head(x / self.std[:, None]), self.classifier(x.mean(2) / self.video_std)
+        if self.per_segment:
+            return self.classifier(x / self.std[:, None])
+        return self.classifier(x.mean(2) / self.video_std)
 
     def proposals(self, x):
-        """Return segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), classes (B, n)."""
+        """Return segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), and the logits."""
         *outputs, logits = self(x)
         boundary_scores = isinstance(self.head, bmn.BMN)
-        return *gtad.decode(*outputs, boundary_scores=boundary_scores), logits.softmax(1)
+        return *gtad.decode(*outputs, boundary_scores=boundary_scores), logits
 
 
 def localization_step(net, batch, generator, *, loss, options, ddp):
     """Run forward and backward of one batch, at its own temporal resolution.
 
     net: a Localizer, or DDP around one. batch: "frames" or "features", "segments" (in [0, 1]), and
-    with a classifier "target" (B, n), class distributions. generator: of the loss's random
+    with a classifier "labels" or "target" of data.targets_of. generator: of the loss's random
     subsets, the same on every process. loss: {term of the head: weight}. options: class_weight, of
     the classifier's loss; accumulate, micro-batches to go through one after the other;
     chunk_snippets, see `chunked_backward`. The last two save memory and leave the gradient as it
@@ -215,6 +299,9 @@ def localization_step(net, batch, generator, *, loss, options, ddp):
     targets = gtad.make_targets(batch["segments"], num_snippets, durations, inputs.device)
     ranks = {"shard": (ddp.rank, ddp.world_size), "reduce": ddp.mean}
     weights = gtad.loss_weights(targets, generator=generator, **ranks)
+    spans = ()
+    if model.per_segment and model.classes:
+        spans = draw_spans(batch, len(model.classes), generator, ddp.rank)
 
     def loss_of(outputs, rows):
         *maps, logits = outputs
@@ -222,8 +309,8 @@ def localization_step(net, batch, generator, *, loss, options, ddp):
         terms = gtad.losses(*maps, part, gtad.Weights(*(w[rows] for w in weights)))
         total = sum(loss[term] * value for term, value in terms.items())
         if logits is not None:
-            log_likelihood = batch["target"][rows] * logits.float().log_softmax(1)
-            terms["class"] = -log_likelihood.sum() / num_videos
+            sum_of_losses = class_loss(logits.float(), batch["target"][rows], spans[rows])
+            terms["class"] = sum_of_losses / num_videos
             total = total + options["class_weight"] * terms["class"]
         return {"loss": total, **terms}
 
@@ -247,6 +334,32 @@ def localization_step(net, batch, generator, *, loss, options, ddp):
     if chunk_snippets:
         average_gradients(model, ddp)
     return sums
+
+
+def draw_spans(batch, background, generator, rank):
+    """Return the training_spans of each video, the same on however many ranks a batch is."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    first = rank * len(batch["segments"])
+    spans = []
+    for i, actions in enumerate(zip(batch["segments"], batch["labels"], strict=True)):
+        own = torch.Generator().manual_seed(data.seed_of(seed, first + i))
+        spans.append(training_spans(*actions, background, own))
+    return spans
+
+
+def class_loss(logits, target, spans):
+    """Return the cross-entropy of classes, summed over videos.
+
+    logits: (B, n), with target (B, n), or (B, n + 1, L), with spans of each video and their
+    classes, over which it is a mean.
+    """
+    if logits.ndim == 2:
+        return -(target * logits.log_softmax(1)).sum()
+    losses = []
+    for x, (segments, classes) in zip(logits, spans, strict=True):
+        means = span_means(x[None], segments[None].to(x.device))[0]
+        losses.append(F.cross_entropy(means.t(), classes.to(x.device)))
+    return torch.stack(losses).sum()
 
 
 def chunked_backward(model, frames, chunk_snippets, loss_of, context):
@@ -351,64 +464,79 @@ def recalibrate(encoder, dataset, workers, ddp, chunk_snippets):
 
 
 @torch.no_grad()
-def propose(model, features, windows=None, at_once=16):
-    """Return proposals and class probabilities of features (B, C, L): see Localizer.proposals.
+def propose(model, features, window=None, at_once=16):
+    """Return proposals of features (B, C, L), see Localizer.proposals, and what tells their
+    classes: probabilities of each video, (B, n), or logits of each snippet, (B, n + 1, L).
 
-    windows: (first (B,), num_snippets), where features are B windows of one long video of
-    `num_snippets` snippets that begin at the snippets `first`: then all windows' proposals, as
-    fractions of the video, in a batch of one, and the mean of their class probabilities.
+    window: snippets of the windows into which a long video, a batch of one, is cut for the head:
+    then the proposals are those of all windows, as fractions of the video, and the probabilities of
+    its classes their mean.
     """
-    if windows is None:
-        return model.proposals(features)
-    first, num_snippets = windows
+    if window is None:
+        *proposals, logits = model.proposals(features)
+        return *proposals, logits if model.per_segment else logits.softmax(1)
+    windows, first = data.cut_windows(features[0], window)
+    num_snippets = features.shape[2]
     parts = []
-    for x, start in zip(features.split(at_once), first.split(at_once), strict=True):
-        segments, scores, valid, classes = model.proposals(x)
-        segments = (start[:, None, None] + segments * x.shape[2]) / num_snippets
+    for x, start in zip(windows.split(at_once), first.split(at_once), strict=True):
+        segments, scores, valid, logits = model.proposals(x)
+        segments = (start[:, None, None] + segments * window) / num_snippets
         valid = valid & (segments[..., 0] < 1)  # the last window may go beyond the video
         segments = segments.clamp(max=1).flatten(0, 1)
-        parts.append((segments, scores.flatten(), valid.flatten(), classes))
+        parts.append((segments, scores.flatten(), valid.flatten(), logits.softmax(1)))
     *proposals, classes = (torch.cat(part)[None] for part in zip(*parts, strict=True))
+    if model.per_segment:
+        # Of the whole video: beside a segment lies what another window may show.
+        return *proposals, model.classify(features)
     return *proposals, classes.mean(1)
 
 
-def predict(model, features, names, durations, options, class_scores=None, windows=None):
+def predict(model, features, names, durations, options, class_scores=None, window=None):
     """Return detections and class-agnostic proposals of B videos with their durations in seconds.
 
-    features (B, C, L). options: sigma and top_k of soft-NMS, classes_per_video. class_scores:
-    (scores (B, n), n names) in place of the model's classifier. windows: see `propose`. Both
+    features (B, C, L). options: those of the config's block detect. class_scores:
+    (scores (B, n), n names) in place of the model's classifier. window: see `propose`. The score
+    of a segment's class is its proposal's score ** confidence_power times its probability. Both
     results are {video: [{"label", "score", "segment"}]}, best first, proposals without labels.
     """
-    *proposals, probabilities = propose(model, features, windows)
-    kept = evaluate.soft_nms(*proposals, sigma=options["sigma"], top_k=options["top_k"])
-    scores, labels = class_scores or (probabilities, model.classes)
+    *proposals, classes = propose(model, features, window)
+    nms = partial(evaluate.soft_nms, sigma=options["sigma"], top_k=options["top_k"])
+    kept = agnostic = nms(*proposals)
+    scores, labels = class_scores or (classes, model.classes)
+    if model.per_segment and class_scores is None:
+        # Proposals compete with the score of their best class, and share that out to the others.
+        segments, confidence, valid = proposals
+        best = segment_probabilities(classes, segments).amax(2)
+        kept = nms(segments, confidence ** options["confidence_power"] * best, valid)
+        scores = segment_probabilities(classes, kept[0])
+        scores = scores / scores.amax(2, keepdim=True).clamp_min(1e-12)
     most = options["classes_per_video"]
     detections = evaluate.fuse_classes(*kept, names, durations, scores, labels, top_k=most)
-    agnostic = evaluate.fuse_classes(*kept, names, durations, np.ones((len(names), 1)), [""])
+    agnostic = evaluate.fuse_classes(*agnostic, names, durations, np.ones((len(names), 1)), [""])
     for proposal in chain.from_iterable(agnostic.values()):
         del proposal["label"]
     return detections, agnostic
 
 
-def detect(model, dataset, fidelity, options, class_scores, ddp):
+def detect(model, dataset, full, options, class_scores, ddp):
     """Return what `predict` does for a data set of features, each rank its share, on every rank.
 
-    options: see `predict`. class_scores: None, or scores (V, n) of its V videos and n names.
+    full: the Fidelity of the head. options: see `predict`, and windows, whether the head sees
+    windows of so many snippets. class_scores: None, or scores (V, n) of its V videos and n names.
     """
     rows = {video.name: i for i, video in enumerate(dataset.videos)}
-    in_windows = isinstance(dataset, data.WindowDataset)
-    size = 1 if in_windows else 32
+    how = {"fidelity": full, "batch_size": 32}
+    window = None
+    if options["windows"]:
+        how = {"fidelity": data.NATIVE, "batch_size": 1}
+        window = full.snippets
     found = {}
-    for batch in data.iterate(dataset, fidelity, size, title="detect", **ddp.place):
-        x = batch["features"]
-        windows = None
-        if in_windows:
-            x, windows = x[0], (batch["first"][0], batch["snippets"].item())
+    for batch in data.iterate(dataset, **how, title="detect", **ddp.place):
         names = batch["name"]
         own = [rows[name] for name in names]
         durations = [dataset.videos[i].duration for i in own]
         scores = class_scores and (class_scores[0][own], class_scores[1])
-        results = predict(model, x, names, durations, options, scores, windows)
+        results = predict(model, batch["features"], names, durations, options, scores, window)
         found |= {name: (results[0][name], results[1][name]) for name in names}
     for part in ddp.gather(found):
         found |= part

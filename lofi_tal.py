@@ -9,7 +9,7 @@ The config lists the stages. One whose last file here exists is skipped, others 
     lofi      encoder and head end to end, low fidelity   OUT/lofi/encoder.pt
     features  the frozen encoder at full fidelity         OUT/features/VIDEO.npy, features.json
     sola      soft landing, on features without labels    OUT/sola/sola.pt, features/ as above
-    head      a fresh head and a video classifier         OUT/head/head.pt
+    head      a fresh head and a classifier               OUT/head/head.pt
     detect    proposals, soft-NMS, classes, mAP           OUT/result.json, OUT/metrics.json
 """
 
@@ -147,7 +147,8 @@ def lofi_stage(cfg, run, ddp):
     options = {"frozen_bn": cfg.lofi.batchnorm == "frozen", "compile": cfg.lofi.compile}
     encoder = build_encoder(**cfg.encoder, weights=weights, **options)
     classes = dataset.classes if cfg.lofi.class_weight else ()
-    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], encoder.channels, classes, encoder)
+    sizes = config.head_options(cfg, encoder.channels)
+    model = Localizer(**sizes, classes=classes, encoder=encoder)
     fidelities = [config.run_fidelities(cfg)[name] for name in cfg.lofi.fidelities]
     cycle = {"cycle": cfg.lofi.cycle, "cycle_length": cfg.lofi.cycle_length}
     step = partial(localization_step, loss=cfg.loss, options=cfg.lofi, ddp=ddp)
@@ -193,10 +194,10 @@ def sola_stage(cfg, run, ddp):
 
 
 def head_stage(cfg, run, ddp):
-    """Section 3.1: train a fresh head and a video classifier on features at full fidelity."""
+    """Section 3.1: train a fresh head and a classifier on features at full fidelity."""
     dataset = config.feature_dataset(cfg, run, "train", ddp.log)
     torch.manual_seed(data.seed_of(cfg.seed, "head"))
-    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], dataset.channels, dataset.classes)
+    model = Localizer(**config.head_options(cfg, dataset.channels), classes=dataset.classes)
     if cfg.head.standardize:
         model.mean[:], model.std[:], model.video_std[:] = dataset.statistics()
     step = partial(localization_step, loss=cfg.loss, options=cfg.head, ddp=ddp)
@@ -211,11 +212,12 @@ def detect_stage(cfg, run, ddp):
     """Find segments in the validation videos, each rank its share; NMS, classes, metrics."""
     started = time.monotonic()
     dataset = config.feature_dataset(cfg, run, "val", ddp.log)
-    model, saved = Localizer.load(run.head, cfg.tal_head, cfg[cfg.tal_head], dataset.channels)
+    model, saved = Localizer.load(run.head, **config.head_options(cfg, dataset.channels))
     model.to(ddp.device).eval()
     class_scores, source = config.class_scores(cfg, dataset.videos)
     full = config.run_fidelities(cfg)["full"]
-    detections, proposals = localizer.detect(model, dataset, full, cfg.detect, class_scores, ddp)
+    options = cfg.detect | {"windows": cfg.data.windows}
+    detections, proposals = localizer.detect(model, dataset, full, options, class_scores, ddp)
     if ddp.is_main:
         evaluate.save_results(proposals, run.proposals, seed=cfg.seed)
         evaluate.save_results(detections, run.result, class_source=source, seed=cfg.seed)

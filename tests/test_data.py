@@ -74,6 +74,8 @@ def test_annotations_become_fractions_of_the_video(tmp_path):
     assert data.class_names([v, w]) == ["jump", "x"]
     targets = data.targets_of(segments, ("x", "x", "jump"), ["jump", "run", "x"])
     assert targets["segments"] is segments and targets["target"].tolist() == [0.5, 0, 0.5]
+    assert targets["labels"].tolist() == [2, 2, 0]
+    assert data.targets_of(segments, ("x", "else"), ["x"])["labels"].tolist() == [0, -1]
 
 
 def test_missing_annotation_file_says_what_makes_one(tmp_path):

@@ -177,6 +177,134 @@ def test_the_classifier_is_trained_beside_the_head():
     torch.testing.assert_close(again, gradients, rtol=1e-4, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------ classes of segments
+
+
+def mean_by_loop(x, start, end):
+    """Return the mean of x (n, L) over [start, end] in snippets, overlap by overlap."""
+    total = torch.zeros(len(x), dtype=x.dtype)
+    for k in range(x.shape[1]):
+        total += x[:, k] * max(0.0, min(end, k + 1) - max(start, k))
+    return total / (end - start)
+
+
+def test_span_means_are_those_of_a_loop():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7)
+    ends = [[0, 7], [1, 2], [0.25, 0.75], [1.5, 4.25], [6.5, 7], [-1, 2], [5, 9], [-3, -1], [8, 9]]
+    spans = torch.tensor(ends).expand(2, -1, -1) / 7
+    means = localizer.span_means(x, spans)
+    assert means.shape == (2, 3, 9) and means.dtype == torch.float32
+    for b in range(2):
+        for k, (start, end) in enumerate(ends):
+            expected = mean_by_loop(x[b].double(), start, end).float()
+            torch.testing.assert_close(means[b, :, k], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(localizer.span_means(x[1:], spans[1:])[0], means[1])
+    whole = torch.tensor([[[0.0, 1.0]]])
+    torch.testing.assert_close(localizer.span_means(x[:1], whole)[0, :, 0], x[0].mean(1))
+
+
+def test_the_gradient_of_span_means_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
+    spans = torch.tensor([[[0.1, 0.73], [-0.2, 0.3], [0.4, 0.4 + 1e-3]]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: localizer.span_means(x, spans), x)
+
+
+def test_segment_probabilities_are_what_is_more_probable_inside_than_beside():
+    """8 snippets, class 0 in the middle four, with probability 0.8; else background, with 0.9."""
+    inside, outside = torch.tensor([0.8, 0.1, 0.1]), torch.tensor([0.05, 0.05, 0.9])
+    probabilities = torch.stack([outside] * 2 + [inside] * 4 + [outside] * 2, 1)[None]
+    segments = torch.tensor([[[2.0, 6], [2, 4], [0, 8], [0, 2]]]) / 8
+    found = localizer.segment_probabilities(probabilities.log(), segments)
+    assert found.shape == (1, 4, 2)
+    torch.testing.assert_close(found[0, 0], torch.tensor([0.75, 0.05]))
+    # Half of it: one flank shows the same. The whole video: nothing lies beside it.
+    torch.testing.assert_close(found[0, 1, 0], torch.tensor(0.8 - (0.05 + 0.8) / 2))
+    logits = probabilities.log().mean(2).softmax(1)[0]
+    torch.testing.assert_close(found[0, 2], logits[:2])
+    # The first two snippets: what lies before the video counts as 0; never below 0.
+    torch.testing.assert_close(found[0, 3], torch.tensor([0.0, 0.0]))
+
+
+def test_spans_of_training_are_the_segments_and_as_much_background():
+    segments = torch.tensor([[0.1, 0.3], [0.5, 0.9]])
+    generator = torch.Generator().manual_seed(0)
+    spans, classes = localizer.training_spans(segments, torch.tensor([1, 0]), 2, generator)
+    assert classes.tolist() == [1, 0, 2, 2]
+    moved = (spans[:2] - segments).abs()
+    assert (moved <= 0.1 * torch.tensor([[0.2], [0.4]])).all() and (moved > 0).all()
+    assert (localizer.evaluate.tiou(spans[2:], segments) < 0.3).all()
+    nothing = localizer.training_spans(segments[:0], torch.zeros(0).long(), 2, generator)
+    assert nothing[0].shape == (1, 2) and nothing[1].tolist() == [2]
+
+
+PER_SEGMENT = {"width": 8, "layers": 2, "dropout": 0.0}
+
+
+def test_the_classifier_of_segments_is_trained_beside_the_head():
+    """Micro-batches and shares of two ranks add up to the loss of the batch; so do gradients."""
+    torch.manual_seed(0)
+    model = Localizer("gtad", SIZES, 8, ["a", "b"], per_segment=PER_SEGMENT)
+    labels = [torch.tensor(x, dtype=torch.long) for x in ([0], [1, 0], [], [1])]
+    batch = {"features": torch.randn(4, 8, 8), "segments": SEGMENTS, "labels": labels}
+    batch["target"] = torch.zeros(4, 2)
+    terms, gradients = step(model, batch)
+    assert all(g.abs().max() > 0 for name, g in gradients.items() if "classifier" in name)
+
+    generator = torch.Generator().manual_seed(1)
+    gtad.loss_weights(gtad.make_targets(SEGMENTS, 8), generator=generator)
+    spans = localizer.draw_spans(batch, 2, generator, 0)
+    logits = model(batch["features"])[3].detach()
+    assert logits.shape == (4, 3, 8)
+    losses = []
+    for x, (places, classes) in zip(logits, spans, strict=True):
+        means = [mean_by_loop(x, *(8 * place).tolist()).log_softmax(0) for place in places]
+        found = [-mean[c] for mean, c in zip(means, classes, strict=True)]
+        losses.append(sum(found) / len(found))
+    torch.testing.assert_close(terms["class"], sum(losses) / 4)
+
+    halves, again = step(model, batch, accumulate=2)
+    torch.testing.assert_close(halves, terms)
+    torch.testing.assert_close(again, gradients, rtol=1e-4, atol=1e-6)
+    generator = torch.Generator().manual_seed(1)
+    gtad.loss_weights(gtad.make_targets(SEGMENTS, 8), generator=generator)
+    half = {key: value[2:] for key, value in batch.items()}
+    for one, two in zip(localizer.draw_spans(half, 2, generator, 1), spans[2:], strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+class Two:
+    """A model of two actions of a video of 8 snippets, and of the proposals that it makes."""
+
+    per_segment = True
+    classes = ("jump", "run")
+
+    def proposals(self, x):
+        segments = torch.tensor([[[0, 4], [4, 8], [0, 8], [4, 7]]]) / 8
+        scores = torch.tensor([[0.5, 0.4, 0.9, 0.4]])
+        logits = torch.full((1, 3, 8), -8.0)
+        logits[0, 0, :4] = logits[0, 1, 4:] = 0.0
+        return segments, scores, torch.ones(1, 4).bool(), logits
+
+
+def test_each_segment_gets_its_own_class():
+    """The proposal with the highest score spans both actions, and comes last."""
+    options = {"sigma": 0.1, "top_k": 4, "classes_per_video": 1, "confidence_power": 1.0}
+    found, proposals = localizer.predict(Two(), torch.zeros(1, 1, 8), ["v"], [16.0], options)
+    best = [(d["label"], d["segment"]) for d in found["v"]]
+    assert best[:2] == [("jump", [0.0, 8.0]), ("run", [8.0, 16.0])]
+    assert found["v"][0]["score"] == pytest.approx(0.5, rel=1e-2)
+    assert proposals["v"][0]["segment"] == [0.0, 16.0]
+    assert "label" not in proposals["v"][0]
+    other = (torch.tensor([[0.25, 0.75]]), ["x", "y"])
+    found, _ = localizer.predict(Two(), torch.zeros(1, 1, 8), ["v"], [16.0], options, other)
+    assert {d["label"] for d in found["v"]} == {"y"}
+
+
+# ---------------------------------------------------------------------------------- other parts
+
+
 def test_bmn_scores_have_the_boundaries_in_them():
     torch.manual_seed(0)
     sizes = {"hidden": 8, "map_hidden": (8, 4), "samples": 4}

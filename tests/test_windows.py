@@ -42,26 +42,27 @@ def write_features(folder, lengths, channels=3):
     return str(folder)
 
 
-def test_training_takes_windows_with_segments_and_detection_all_of_a_video(tmp_path):
+def test_training_takes_windows_with_segments_and_detection_all_windows(tmp_path):
     videos = [make_video("a", 20.0, [(0.0, 2.0)], "x"), make_video("b", 5.0)]
     source = write_features(tmp_path / "f", {"a": 20, "b": 5})
     features = data.FeatureDataset(videos, source, ["x"])
-    train, whole = (data.WindowDataset(features, 8, train=train) for train in (True, False))
+    train = data.WindowDataset(features, 8)
     full = data.Fidelity("full", 8, 0)
     assert len(train) == 1 and train.items == [(0, 0)]
     window = train[0, full]
     assert window["features"].shape == (3, 8) and window["target"].tolist() == [1.0]
     torch.testing.assert_close(window["segments"], torch.tensor([[0.0, 0.25]]))
-    sample = whole[0, full]
-    assert sample["first"].tolist() == [0, 4, 8, 12] and sample["snippets"] == 20
+    assert window["labels"].tolist() == [0]
+    windows, starts = data.cut_windows(features[0, data.NATIVE]["features"], 8)
+    assert starts.tolist() == [0, 4, 8, 12]
     # channel 0 of the first snippet of each window
-    assert sample["features"][:, 0, 0].tolist() == [0.0, 12.0, 24.0, 36.0]
-    short = whole[1, full]["features"]
+    assert windows[:, 0, 0].tolist() == [0.0, 12.0, 24.0, 36.0]
+    short, _ = data.cut_windows(features[1, data.NATIVE]["features"], 8)
     assert short.shape == (1, 3, 8)
     assert short[0, 0].tolist() == [0.0, 3.0, 6.0, 9.0, 12.0, 0.0, 0.0, 0.0]
     without = data.FeatureDataset(videos[1:], write_features(tmp_path / "g", {"b": 5}), ["x"])
     with pytest.raises(data.InputError, match="no window of 8 snippets"):
-        data.WindowDataset(without, 8, train=True)
+        data.WindowDataset(without, 8)
 
 
 def test_windows_over_sources_of_two_rates(tmp_path):
@@ -70,11 +71,11 @@ def test_windows_over_sources_of_two_rates(tmp_path):
     fast = write_features(tmp_path / "f", {"a": 20}, 1)
     slow = write_features(tmp_path / "g", {"a": 10}, 1)
     features = data.FeatureDataset(videos, [fast, slow], ["x"])
-    windows = data.WindowDataset(features, 8)[0, None]["features"]
+    windows, _ = data.cut_windows(features[0, data.NATIVE]["features"], 8)
     assert windows.shape == (4, 2, 8)
     assert windows[3, 0].tolist() == list(range(12, 20))
     torch.testing.assert_close(windows[2, 1], (torch.arange(8, 16) + 0.5) / 2 - 0.5)
-    trained = data.WindowDataset(features, 8, train=True)
+    trained = data.WindowDataset(features, 8)
     assert trained.items == [(0, 4), (0, 8), (0, 12)]
     assert torch.equal(trained[1, None]["features"], windows[2])
 
@@ -103,32 +104,38 @@ def test_frames_at_a_fixed_rate_come_in_pieces_and_as_training_windows(tmp_path)
 
 
 class Recorded:
-    """A model whose input tells its proposals and classes.
+    """A model that knows one proposal and the logits of each window, told by its first snippet."""
 
-    Channel 0 holds start, end and score of one proposal, channel 1 the logits.
-    """
+    per_segment = False
+
+    def __init__(self, segments, scores, logits):
+        self.rows = [torch.tensor(rows) for rows in (segments, scores, logits)]
 
     def proposals(self, x):
-        valid = torch.ones(len(x), 1).bool()
-        return x[:, None, 0, :2], x[:, 0, 2:3], valid, x[:, 1, :2].softmax(1)
+        windows = x[:, 0, 0].long() // 2
+        segments, scores, logits = (rows[windows] for rows in self.rows)
+        return segments[:, None], scores[:, None], torch.ones(len(x), 1).bool(), logits
 
 
 def test_proposals_of_all_windows_become_those_of_the_video():
-    """Windows of 4 snippets at 0, 2 and 4 of a video of 6: the last goes beyond its end."""
-    x = torch.zeros(3, 2, 4)
-    x[0, 0] = torch.tensor([0.5, 1.0, 0.9, 0])  # snippets 2-4
-    x[1, 0] = torch.tensor([0.0, 0.5, 0.8, 0])  # the same, seen from 2
-    x[2, 0] = torch.tensor([0.25, 1.0, 0.7, 0])  # 5-8, clipped to 6
-    x[1:, 1, 0] = 100
-    windows = torch.tensor([0, 2, 4]), 6
-    segments, scores, valid, classes = propose(Recorded(), x, windows, at_once=2)
-    expected = torch.tensor([[[2 / 6, 4 / 6], [2 / 6, 4 / 6], [5 / 6, 1.0]]])
-    torch.testing.assert_close(segments, expected)
+    """Windows of 4 snippets at 0, 2 and 4 of a video of 8: the first two see the same action."""
+    logits = [[0.0, 0.0], [100.0, 0.0], [100.0, 0.0]]
+    model = Recorded([[0.5, 1.0], [0.0, 0.5], [0.25, 0.75]], [0.9, 0.8, 0.7], logits)
+    x = torch.arange(8.0)[None, None]
+    segments, scores, valid, classes = propose(model, x, 4, at_once=2)
+    torch.testing.assert_close(segments, torch.tensor([[[2, 4], [2, 4], [5, 7]]]) / 8)
     torch.testing.assert_close(scores, torch.tensor([[0.9, 0.8, 0.7]]))
     assert valid.all()
     torch.testing.assert_close(classes, torch.tensor([[2.5 / 3, 0.5 / 3]]))
-    x[2, 0, 0] = 0.5  # begins where the video ends
-    assert propose(Recorded(), x, windows)[2].tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize(("start", "valid"), [(0.25, True), (0.75, False)])
+def test_the_window_of_a_short_video_goes_beyond_its_end(start, valid):
+    segments, _, found, _ = propose(
+        Recorded([[start, 1.0]], [0.9], [[0.0]]), torch.zeros(1, 1, 3), 4
+    )
+    assert found.tolist() == [[valid]]
+    torch.testing.assert_close(segments, torch.tensor([[[4 * start / 3, 1.0]]]))
 
 
 def long_videos(folder):

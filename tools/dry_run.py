@@ -25,6 +25,7 @@ def try_step(title, model, shape, step, options, ddp):
     frames = torch.randint(0, 256, shape, dtype=torch.uint8)
     batch = {"frames": frames, "segments": [torch.tensor([[0.2, 0.6]])]}
     batch["label"] = torch.zeros(shape[0], dtype=torch.int64)
+    batch["labels"] = batch["label"][:, None]
     batch["target"] = torch.full((shape[0], 200), 1 / 200)
     optimizer = checkpoint.build_optimizer(model.to(ddp.device).train(), options)
     loss = step(model, data.to_device(batch, ddp.device), generator=None)["loss"].item()
@@ -51,7 +52,8 @@ def dry_run(cfg, ddp):
     options = {"frozen_bn": cfg.lofi.batchnorm == "frozen", "compile": cfg.lofi.compile}
     encoder = build_encoder(**cfg.encoder, **options)
     classes = [f"class {k}" for k in range(200)] if cfg.lofi.class_weight else ()
-    model = Localizer(cfg.tal_head, cfg[cfg.tal_head], encoder.channels, classes, encoder)
+    sizes = config.head_options(cfg, encoder.channels)
+    model = Localizer(**sizes, classes=classes, encoder=encoder)
     step = partial(localization_step, loss=cfg.loss, options=cfg.lofi, ddp=ddp)
     for name in cfg.lofi.fidelities if {"lofi", "features"} & set(cfg.stages) else ():
         snippets, size = {"full": (cfg.video.snippets, cfg.video.size), **cfg.fidelities}[name]
