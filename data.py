@@ -3,6 +3,8 @@
     ANNOTATIONS.json    ActivityNet JSON: {"database": {VIDEO: {"subset", "duration",
                         "annotations": [{"segment": [start, end], "label"}]}}}, in seconds; without
                         a duration, as in THUMOS14, the config or the media tell it
+    ANNOTATIONS.csv     or .tsv, .txt: a table with columns video, start, end, label[, subset], or
+                        an export of ELAN, BORIS or VIA, without durations
     FRAMES/VIDEO.zip    prepared frames, or folders of JPEG frames, or video files: see media.py
     FEATURES/VIDEO.npy  (L, C), any L; or FEATURES/VIDEO.h5, or one HDF5 file for all videos
 
@@ -13,16 +15,19 @@ Legend: B videos, C channels, L snippets, T frames a snippet, N segments, F fram
 
 import atexit
 import copy
+import csv
+import io
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
-from itertools import chain, compress
+from itertools import chain, compress, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -79,11 +84,16 @@ def _read_json(path, expected, parse):
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
 
 
-def load_annotations(path: str) -> dict[str, list[Video]]:
-    """Read an ActivityNet JSON: {subset: [Video, ...]}, in the file's order."""
+def load_annotations(path: str, split=("training", "validation", 0.2)) -> dict[str, list[Video]]:
+    """Read an ActivityNet JSON or a table: {subset: [Video, ...]}, in the file's order.
+
+    split: of a table without subsets: what the two are called, and the share of the second.
+    """
     if not os.path.isfile(path):
         toy = "make toy data with `python -m tools.make_toy --out data/toy`"
         raise InputError(f"no annotation file {path}: set data.annotations, or {toy}")
+    if is_table(path):
+        return _load_table(path, *split)
     entry = '{"subset", "duration": seconds, "annotations": [{"segment": [start, end], "label"}]}'
     return _read_json(path, f'{{"database": {{VIDEO: {entry}}}}}', _parse_database)
 
@@ -108,6 +118,162 @@ def _parse_database(content):
         except MALFORMED as error:
             raise ValueError(f"video {name!r}, {type(error).__name__}: {error}") from None
     return subsets
+
+
+def activitynet(subsets):
+    """Return {subset: [Video, ...]} as the content of an ActivityNet JSON."""
+    database = {}
+    for subset in subsets:
+        for video in subsets[subset]:
+            actions = zip(video.segments.tolist(), video.labels, strict=True)
+            annotations = [{"segment": segment, "label": label} for segment, label in actions]
+            duration = None if math.isnan(video.duration) else video.duration
+            entry = {"subset": subset, "duration": duration, "annotations": annotations}
+            database[video.name] = entry
+    return {"database": database}
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+# What columns may be called, here and by ELAN and BORIS; of several the first with text counts.
+COLUMNS = {
+    "video": ("video", "media file name", "media file", "file name", "file path", "observation id"),
+    "start": ("start", "start (s)", "begin time - ss.msec", "begin time - hh:mm:ss.ms"),
+    "end": ("end", "stop (s)", "end time - ss.msec", "end time - hh:mm:ss.ms"),
+    "label": ("label", "behavior"),
+    "subset": ("subset", "split"),
+}
+NO_TIER = re.compile("(begin time|end time|duration) - .*|file (name|path)")  # in ELAN's
+
+
+def is_table(path):
+    """Return whether a file of annotations is a table, by its name."""
+    return os.path.splitext(path)[1].lower() in (".csv", ".tsv", ".txt")
+
+
+def read_table(path, parse, expected):
+    """Call parse(row, seconds) for each row {column: text} of a CSV or TSV, without empty cells.
+
+    seconds(text) reads 12.5, 0:12 or 1:02:03.5; decimal commas, too, unless commas divide cells.
+    row["#"]: the lines at the top that begin with #. Raises InputError with the row's number.
+    """
+    where, names = "as CSV", None
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        notes = re.match(r'(("?#[^,;\t]|sep=).*\n?|\s*\n)*', text)[0]
+        # VIA gives the columns in its notes.
+        header = [f"{line.strip()}\n" for line in re.findall("# CSV_HEADER = (.*)", notes)]
+        text = "".join(header) + text[len(notes) :]
+        delimiter = next((mark for mark in "\t;" if mark in text.partition("\n")[0]), ",")
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        seconds = partial(_seconds, comma="," if delimiter != "," else ".")
+        for cells in filter(any, ([cell.strip() for cell in cells] for cells in rows)):
+            where = f"row {notes.count(chr(10)) - len(header) + rows.line_num}"
+            if names is None and not (names := _columns_of_elan(cells)):
+                names = [name.lower() for name in cells]
+                continue
+            row = {name: cell for name, cell in zip_longest(names, cells, fillvalue="") if cell}
+            where += f" {row}"[:300]
+            if "" in row:
+                raise ValueError(f"{row['']!r} stands beyond the columns")
+            parse(row | ({"#": notes} if header else {}), seconds)
+    except (OSError, csv.Error, *MALFORMED) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"cannot read {path} {where} ({problem}); expected {expected}") from None
+
+
+def _seconds(text, comma):
+    parts = text.replace(comma, ".").split(":")
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
+
+
+def _columns_of_elan(cells):
+    """Return the columns of an export of ELAN without their names, else None: it gives a tier, a
+    participant, times, in one to three formats each, a label, a file, as asked for."""
+    clocks = [i for i, cell in enumerate(cells) if re.fullmatch(r"\d+:\d\d:\d\d\.\d+", cell)]
+    files = [i for i, cell in enumerate(cells) if cell.endswith(".eaf")]
+    if len(clocks) < 2 or not files:
+        return None
+    label = clocks[-1] + clocks[1] - clocks[0]
+    known = {clocks[0]: "start", clocks[1]: "end", label: "label", files[0]: "video"}
+    return [known.get(i, str(i)) for i in range(len(cells))]
+
+
+def _cell(row, column):
+    return row[next((name for name in COLUMNS[column] if name in row), column)]
+
+
+def _actions_of_row(row, seconds, begun):
+    """Return [(start, end, label)]; begun: {action: [start]}, of BORIS."""
+    if "temporal_coordinates" in row:  # VIA's
+        times = json.loads(row["temporal_coordinates"])
+        return [(*times, _label_of_via(row))] if len(times) == 2 else []
+    if row.get("behavior type") in ("START", "STOP"):
+        action = (_cell(row, "video"), row.get("subject"), _cell(row, "label"))
+        starts = begun.setdefault(action, [])
+        if row["behavior type"] == "START":
+            starts.append(seconds(row["time"]))
+            return []
+        if not starts:
+            raise ValueError("STOP without a START")
+        return [(starts.pop(0), seconds(row["time"]), action[-1])]
+    known = (name for column in ("start", "end", "label") for name in COLUMNS[column])
+    if row.get("behavior type") == "POINT" or row.keys().isdisjoint(known):
+        return []
+    if any(name.startswith("begin time") for name in row):  # ELAN's, with a column a tier
+        labels = [text for name, text in row.items() if not NO_TIER.fullmatch(name)]
+    else:
+        labels = [_cell(row, "label")]
+    return [(seconds(_cell(row, "start")), seconds(_cell(row, "end")), label) for label in labels]
+
+
+def _label_of_via(row):
+    """Return the first attribute's text, which may stand for the name of an option."""
+    (key, label), *_ = json.loads(row["metadata"]).items()
+    attributes = re.search("# ATTRIBUTE = (.*)|$", row["#"])[1]
+    return json.loads(attributes)[key]["options"].get(label, label) if attributes else label
+
+
+def _add_row(database, begun, row, seconds):
+    """Add a row to the database of an ActivityNet JSON; begun: see _actions_of_row."""
+    path = json.loads(row["file_list"])[0] if "file_list" in row else _cell(row, "video")
+    folder, name = os.path.split(path.replace("\\", "/"))
+    stem, suffix = os.path.splitext(name)
+    name = stem if suffix.lower() in (*media.VIDEO_SUFFIXES, ".zip", ".eaf") else name
+    entry = database.setdefault(name, {"annotations": []})
+    subset = next((row[key] for key in COLUMNS["subset"] if key in row), entry.get("subset"))
+    for key, value in {"folder": folder, "subset": subset}.items():
+        if value is not None and entry.setdefault(key, value) != value:
+            raise ValueError(f"{key} {value!r} of video {name}, which had {entry[key]!r} before")
+    for start, end, label in _actions_of_row(row, seconds, begun):
+        if not math.isfinite(start + end):
+            raise ValueError("start and end must be finite")
+        entry["annotations"].append({"segment": [start, end], "label": label})
+
+
+def held_out(names, share):
+    """Return about `share` of the videos, by a hash of each name: at least one, but not all."""
+    ranked = sorted((seed_of("split", name.removeprefix("v_")), name) for name in names)
+    count = sum(place < share * 2**63 for place, _ in ranked)
+    return [name for _, name in ranked[: min(max(count, 1), len(ranked) - 1)]]
+
+
+def _load_table(path, train, val, share):
+    database, begun = {}, {}
+    expected = "columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
+    read_table(path, partial(_add_row, database, begun), expected)
+    unfinished = [action for action, starts in begun.items() if starts]
+    if unfinished or not database:
+        reason = f"START without a STOP of {unfinished[0]}" if unfinished else "no video in it"
+        raise InputError(f"{path}: {reason}; expected {expected}")
+    # Videos without a subset.
+    left = [name for name, entry in database.items() if "subset" not in entry]
+    subsets = dict.fromkeys(left, train) | dict.fromkeys(held_out(left, share), val)
+    for name in left:
+        database[name]["subset"] = subsets[name]
+    return _parse_database({"database": database})
 
 
 def class_names(videos: list[Video]) -> list[str]:
