@@ -135,15 +135,12 @@ def activitynet(subsets):
 
 # ------------------------------------------------------------------------------------------ tables
 
-# What columns may be called, here and by ELAN and BORIS; of several the first with text counts.
-COLUMNS = {
-    "video": ("video", "media file name", "media file", "file name", "file path", "observation id"),
-    "start": ("start", "start (s)", "begin time - ss.msec", "begin time - hh:mm:ss.ms"),
-    "end": ("end", "stop (s)", "end time - ss.msec", "end time - hh:mm:ss.ms"),
-    "label": ("label", "behavior"),
-    "subset": ("subset", "split"),
-}
-NO_TIER = re.compile("(begin time|end time|duration) - .*|file (name|path)")  # in ELAN's
+# What ELAN, BORIS and others call the columns of a table.
+SYNONYMS = dict.fromkeys(("observation id", "media file", "media file name", "file name"), "video")
+SYNONYMS |= {"file path": "video", "behavior": "label", "split": "subset"}
+SYNONYMS |= {"start (s)": "start", "stop (s)": "end"}
+for unit in ("hh:mm:ss.ms", "ss.msec"):
+    SYNONYMS |= {f"begin time - {unit}": "start", f"end time - {unit}": "end"}
 
 
 def is_table(path):
@@ -171,9 +168,10 @@ def read_table(path, parse, expected):
         seconds = partial(_seconds, comma="," if delimiter != "," else ".")
         for cells in filter(any, ([cell.strip() for cell in cells] for cells in rows)):
             where = f"row {notes.count(chr(10)) - len(header) + rows.line_num}"
-            if names is None and not (names := _columns_of_elan(cells)):
-                names = [name.lower() for name in cells]
-                continue
+            if names is None:
+                names, are_cells = _columns(cells)
+                if are_cells:
+                    continue
             row = {name: cell for name, cell in zip_longest(names, cells, fillvalue="") if cell}
             where += f" {row}"[:300]
             if "" in row:
@@ -189,44 +187,44 @@ def _seconds(text, comma):
     return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
 
 
-def _columns_of_elan(cells):
-    """Return the columns of an export of ELAN without their names, else None: it gives a tier, a
-    participant, times, in one to three formats each, a label, a file, as asked for."""
+def _columns(cells):
+    """Return the names of columns in lower case, and whether `cells`, the first row, are these.
+
+    ELAN either has a column of labels for each tier, or gives no names: tier, participant, times in
+    up to three formats each, label, file.
+    """
     clocks = [i for i, cell in enumerate(cells) if re.fullmatch(r"\d+:\d\d:\d\d\.\d+", cell)]
     files = [i for i, cell in enumerate(cells) if cell.endswith(".eaf")]
-    if len(clocks) < 2 or not files:
-        return None
-    label = clocks[-1] + clocks[1] - clocks[0]
-    known = {clocks[0]: "start", clocks[1]: "end", label: "label", files[0]: "video"}
-    return [known.get(i, str(i)) for i in range(len(cells))]
-
-
-def _cell(row, column):
-    return row[next((name for name in COLUMNS[column] if name in row), column)]
+    if len(clocks) > 1 and files:
+        known = {clocks[0]: "start", clocks[1]: "end", files[0]: "video"}
+        known[clocks[-1] + clocks[1] - clocks[0]] = "label"
+        return [known.get(i, str(i)) for i in range(len(cells))], False
+    names = [name.lower() for name in cells]
+    if any(name.startswith("begin time - ") for name in names):
+        no_tier = ("begin time - ", "end time - ", "duration - ", "file ")
+        names = [n if n.startswith(no_tier) else f"label of {n}" for n in names]
+    return names, True
 
 
 def _actions_of_row(row, seconds, begun):
-    """Return [(start, end, label)]; begun: {action: [start]}, of BORIS."""
+    """Return [(start, end, label)]; begun: {action: start}, of BORIS."""
     if "temporal_coordinates" in row:  # VIA's
         times = json.loads(row["temporal_coordinates"])
         return [(*times, _label_of_via(row))] if len(times) == 2 else []
-    if row.get("behavior type") in ("START", "STOP"):
-        action = (_cell(row, "video"), row.get("subject"), _cell(row, "label"))
-        starts = begun.setdefault(action, [])
-        if row["behavior type"] == "START":
-            starts.append(seconds(row["time"]))
+    event = row.get("behavior type")
+    if event in ("START", "STOP"):
+        action = (row["video"], row.get("subject"), row["label"])
+        if (event == "START") == (action in begun):
+            raise ValueError(f"{event} twice, or without the other")
+        if event == "START":
+            begun[action] = seconds(row["time"])
             return []
-        if not starts:
-            raise ValueError("STOP without a START")
-        return [(starts.pop(0), seconds(row["time"]), action[-1])]
-    known = (name for column in ("start", "end", "label") for name in COLUMNS[column])
-    if row.get("behavior type") == "POINT" or row.keys().isdisjoint(known):
+        return [(begun.pop(action), seconds(row["time"]), row["label"])]
+    tiers = [name for name in row if name.startswith("label of ")]
+    if event == "POINT" or not {*tiers, "start", "end", "label"} & row.keys():
         return []
-    if any(name.startswith("begin time") for name in row):  # ELAN's, with a column a tier
-        labels = [text for name, text in row.items() if not NO_TIER.fullmatch(name)]
-    else:
-        labels = [_cell(row, "label")]
-    return [(seconds(_cell(row, "start")), seconds(_cell(row, "end")), label) for label in labels]
+    times = (seconds(row["start"]), seconds(row["end"]))
+    return [(*times, row[name]) for name in tiers or ["label"]]
 
 
 def _label_of_via(row):
@@ -238,13 +236,13 @@ def _label_of_via(row):
 
 def _add_row(database, begun, row, seconds):
     """Add a row to the database of an ActivityNet JSON; begun: see _actions_of_row."""
-    path = json.loads(row["file_list"])[0] if "file_list" in row else _cell(row, "video")
+    row = {SYNONYMS.get(name, name): text for name, text in row.items()}
+    path = json.loads(row["file_list"])[0] if "file_list" in row else row["video"]
     folder, name = os.path.split(path.replace("\\", "/"))
     stem, suffix = os.path.splitext(name)
     name = stem if suffix.lower() in (*media.VIDEO_SUFFIXES, ".zip", ".eaf") else name
     entry = database.setdefault(name, {"annotations": []})
-    subset = next((row[key] for key in COLUMNS["subset"] if key in row), entry.get("subset"))
-    for key, value in {"folder": folder, "subset": subset}.items():
+    for key, value in {"folder": folder, "subset": row.get("subset")}.items():
         if value is not None and entry.setdefault(key, value) != value:
             raise ValueError(f"{key} {value!r} of video {name}, which had {entry[key]!r} before")
     for start, end, label in _actions_of_row(row, seconds, begun):
@@ -264,15 +262,13 @@ def _load_table(path, train, val, share):
     database, begun = {}, {}
     expected = "columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
     read_table(path, partial(_add_row, database, begun), expected)
-    unfinished = [action for action, starts in begun.items() if starts]
-    if unfinished or not database:
-        reason = f"START without a STOP of {unfinished[0]}" if unfinished else "no video in it"
+    if begun or not database:
+        reason = f"START without a STOP of {next(iter(begun))}" if begun else "no video in it"
         raise InputError(f"{path}: {reason}; expected {expected}")
-    # Videos without a subset.
     left = [name for name, entry in database.items() if "subset" not in entry]
     subsets = dict.fromkeys(left, train) | dict.fromkeys(held_out(left, share), val)
-    for name in left:
-        database[name]["subset"] = subsets[name]
+    for name, subset in subsets.items():
+        database[name]["subset"] = subset
     return _parse_database({"database": database})
 
 

@@ -130,7 +130,7 @@ def test_statistics_are_of_what_training_sees():
     np.testing.assert_allclose(s["seconds"], [10, 15, 10, 2, 2], rtol=1e-6)
     np.testing.assert_allclose(s["share"], [0.1, 0.15, 0.1, 0.25, 0.25], rtol=1e-6)
     assert (s["label"].tolist(), s["owner"].tolist()) == (list("xyxxx"), [0, 0, 0, 1, 1])
-    np.testing.assert_allclose(s["action"], [0.3, 0.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(s["action"], [30, 50, 0], rtol=1e-6)
     assert s["classes"].tolist() == [2, 1, 0]
 
 
@@ -141,7 +141,7 @@ def test_what_was_read_is_shown_and_settings_recommended(tmp_path):
     lines = []
     check(Sources(write_annotations(tmp_path / "a.json", database)), log=lines.append)
     text = "\n".join(lines)
-    assert "| jump  |                1 |        3 |     7.0 |              3.0 |" in text
+    assert "| jump  |               1 |                 3 |              7.0 |" in text
     assert "training lacks 1 of 2 classes: run" in lines
     spread = "training: seconds of a segment, least / tenth / median / nine tenths / most: "
     assert f"{spread}1 / 1.2 / 2 / 3.6 / 4" in lines

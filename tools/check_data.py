@@ -4,9 +4,8 @@
     python -m tools.check_data --annotations GT.json --frames DIR --features DIR
     python -m tools.check_data --annotations GT.csv [--frames DIR] --json GT.json
 
-Counts videos, segments, hours, classes, frames and features of each subset, tells what the segments
-are like, and recommends settings for them. The exit status is 1 if training could not start, or
-would stop at a broken file. --json converts a table to ActivityNet's layout.
+Counts what each subset has, tells what its segments are like, and recommends settings for them. The
+exit status is 1 if training could not start, or would stop at a broken file.
 """
 
 import argparse
@@ -31,6 +30,8 @@ from pretrain import gaps
 from tools.jobs import run_jobs
 
 MOST_SNIPPETS = 200  # of a video; for more, windows
+SPREADS = {"seconds of a segment": "seconds", "classes of a video": "classes"}
+SPREADS["% of a video that are action"] = "action"
 MARK = "# problems found by `python -m tools.check_data`"
 
 # What becomes of the segments that have a problem.
@@ -42,11 +43,8 @@ CONSEQUENCES = {
     "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it",
 }
 # Problems at which training stops, and the kind of file that has them.
-FATAL = {
-    "frames cannot be read": "frames",
-    "features cannot be read": "features",
-    "other channel count": "features",
-}
+FATAL = {"frames cannot be read": "frames", "features cannot be read": "features"}
+FATAL["other channel count"] = "features"
 Problem = namedtuple("Problem", "subset video kind detail")
 
 
@@ -56,8 +54,8 @@ class Sources:
 
     subsets: None: all that have segments. settings: what frames should be prepared for, as in a
     ZIP's video.json. required: those of "frames" and "features" that training reads; None: a video
-    needs one of them. train: the only subset that needs segments; None: all do. split: of a table,
-    as in a config. json: a new file for the annotations, in ActivityNet's layout.
+    needs one of them. train: the only subset that needs segments; None: all do. split: of a table:
+    see data.load_annotations. json: a new file for the annotations.
     """
 
     annotations: str
@@ -279,7 +277,7 @@ def compare_subsets(checks, sources):
 
 def statistics(videos):
     """Return what training sees of videos, as arrays: of each segment "seconds", "share" (of its
-    video), "label", "owner" (index of its video); of each video "action" (share), "classes" (how
+    video), "label", "owner" (index of its video); of each video "action" (in %), "classes" (how
     many). A video of unknown duration is taken to end with its last segment."""
     segments, action, classes = [], [], []
     for i, video in enumerate(videos):
@@ -288,7 +286,7 @@ def statistics(videos):
         times, labels = video.actions
         shares = (times[:, 1] - times[:, 0]).tolist()
         segments += [(x * video.duration, x, y, i) for x, y in zip(shares, labels, strict=True)]
-        action.append(1 - sum(end - start for start, end in gaps(times, 0)) if labels else 0)
+        action.append(100 - 100 * sum(b - a for a, b in gaps(times, 0)) if labels else 0)
         classes.append(len(set(labels)))
     columns = zip(*segments, strict=True) if segments else [[]] * 4
     names = ("seconds", "share", "label", "owner", "action", "classes")
@@ -299,24 +297,20 @@ def describe(checks):
     """Yield lines on what was read: by class and subset, of a video, and what to set for it."""
     known = {subset.name: statistics(subset.videos) for subset in checks}
     labels = sorted(set().union(*(s["label"].tolist() for s in known.values())))
-    rows = [["class"]]
-    for name in known:
-        rows[0] += [f"{name}: videos", "segments", "seconds", "segments a video"]
+    counts = ("videos", "segments", "seconds", "segments a video")
+    rows = [["class", *(f"{name} {count}" for name in known for count in counts)]]
     for label in labels:
         rows.append([label])
         for s in known.values():
             of = s["label"] == label
-            videos, number = len(set(s["owner"][of].tolist())), of.sum()
-            rows[-1] += [videos, number, f"{s['seconds'][of].sum():.1f}"]
-            rows[-1].append(f"{number / videos:.1f}" if videos else "-")
+            videos, seconds = len(set(s["owner"][of].tolist())), s["seconds"][of].sum()
+            rows[-1] += [videos, of.sum(), f"{seconds:.1f}", f"{of.sum() / max(videos, 1):.1f}"]
     yield markdown_table(rows[0], rows[1:])
     for name, s in known.items():
         if lacking := sorted(set(labels).difference(s["label"].tolist())):
             yield f"{name} lacks {len(lacking)} of {len(labels)} classes: {first_names(lacking)}"
-        several = {"seconds of a segment": s["seconds"], "classes of a video": s["classes"]}
-        several["% of a video that are action"] = 100 * s["action"]
-        for title, values in several.items():
-            spread = np.quantile(values, (0, 0.1, 0.5, 0.9, 1)) if len(values) else []
+        for title, key in SPREADS.items():
+            spread = np.quantile(s[key], (0, 0.1, 0.5, 0.9, 1)) if len(s[key]) else []
             spread = " / ".join(f"{value:.3g}" for value in spread)
             yield f"{name}: {title}, least / tenth / median / nine tenths / most: {spread}"
     yield from recommend([video for subset in checks for video in subset.videos])
@@ -330,7 +324,8 @@ def recommend(videos):
     classes = np.median(s["classes"][s["classes"] > 0])
     word = "segment" if classes >= 3 else "video"
     yield f"recommended: detect.classes={word}: the median video with actions has {classes:g}"
-    seconds, share = np.quantile(s["seconds"], 0.1), np.quantile(s["share"], 0.1)
+    # Times have been rounded.
+    seconds, share = (np.quantile(s[key], 0.1) * (1 + 1e-6) for key in ("seconds", "share"))
     reason = "then nine tenths of the segments cover 2 snippets"
     snippets = math.ceil(2 / share)
     if snippets <= MOST_SNIPPETS:
