@@ -396,7 +396,7 @@ def read_annotations(cfg):
 def ground_truth(cfg, videos=()):
     """Return what evaluate.py reads: the annotations' JSON, or the same of a table, with the
     durations of `videos`."""
-    if not data.is_table(cfg.data.annotations):
+    if not cfg.data.annotations.lower().endswith(data.TABLES):
         return cfg.data.annotations
     known = {video.name: video for video in videos}
     subsets = read_annotations(cfg).items()
@@ -629,7 +629,7 @@ def score_run(cfg, run, videos, trained_on, seconds):
     names = [video.name for video in videos]
     record = {"seed": cfg.seed, "videos": data.list_hash(names), "training": trained_on}
     record["seconds"] = seconds + seconds_of_features(feature_source(cfg, run))
-    if data.is_table(cfg.data.annotations):
+    if isinstance(truth, dict):
         save_json(truth, f"{run.path}/annotations.json")  # for `python evaluate.py`
     if not any(len(video.segments) for video in read_annotations(cfg)[subset]):
         save_json({"subset": subset, "evaluated_videos": 0, **record}, run.metrics)

@@ -92,7 +92,7 @@ def load_annotations(path: str, split=("training", "validation", 0.2)) -> dict[s
     if not os.path.isfile(path):
         toy = "make toy data with `python -m tools.make_toy --out data/toy`"
         raise InputError(f"no annotation file {path}: set data.annotations, or {toy}")
-    if is_table(path):
+    if path.lower().endswith(TABLES):
         return _load_table(path, *split)
     entry = '{"subset", "duration": seconds, "annotations": [{"segment": [start, end], "label"}]}'
     return _read_json(path, f'{{"database": {{VIDEO: {entry}}}}}', _parse_database)
@@ -123,29 +123,24 @@ def _parse_database(content):
 def activitynet(subsets):
     """Return {subset: [Video, ...]} as the content of an ActivityNet JSON."""
     database = {}
-    for subset in subsets:
-        for video in subsets[subset]:
-            actions = zip(video.segments.tolist(), video.labels, strict=True)
-            annotations = [{"segment": segment, "label": label} for segment, label in actions]
-            duration = None if math.isnan(video.duration) else video.duration
-            entry = {"subset": subset, "duration": duration, "annotations": annotations}
-            database[video.name] = entry
+    for subset, v in ((name, video) for name, videos in subsets.items() for video in videos):
+        actions = zip(v.segments.tolist(), v.labels, strict=True)
+        actions = [{"segment": segment, "label": label} for segment, label in actions]
+        duration = None if math.isnan(v.duration) else v.duration
+        database[v.name] = {"subset": subset, "duration": duration, "annotations": actions}
     return {"database": database}
 
 
 # ------------------------------------------------------------------------------------------ tables
 
-# What ELAN, BORIS and others call the columns of a table.
+TABLES = (".csv", ".tsv", ".txt")  # how their names end
+
+# What ELAN, BORIS and others call the columns.
 SYNONYMS = dict.fromkeys(("observation id", "media file", "media file name", "file name"), "video")
 SYNONYMS |= {"file path": "video", "behavior": "label", "split": "subset"}
 SYNONYMS |= {"start (s)": "start", "stop (s)": "end"}
 for unit in ("hh:mm:ss.ms", "ss.msec"):
     SYNONYMS |= {f"begin time - {unit}": "start", f"end time - {unit}": "end"}
-
-
-def is_table(path):
-    """Return whether a file of annotations is a table, by its name."""
-    return os.path.splitext(path)[1].lower() in (".csv", ".tsv", ".txt")
 
 
 def read_table(path, parse, expected):
@@ -169,15 +164,15 @@ def read_table(path, parse, expected):
         for cells in filter(any, ([cell.strip() for cell in cells] for cells in rows)):
             where = f"row {notes.count(chr(10)) - len(header) + rows.line_num}"
             if names is None:
-                names, are_cells = _columns(cells)
-                if are_cells:
+                names, is_header = _columns(cells)
+                if is_header:
                     continue
             row = {name: cell for name, cell in zip_longest(names, cells, fillvalue="") if cell}
             where += f" {row}"[:300]
             if "" in row:
                 raise ValueError(f"{row['']!r} stands beyond the columns")
             parse(row | ({"#": notes} if header else {}), seconds)
-    except (OSError, csv.Error, *MALFORMED) as error:
+    except (OSError, IndexError, csv.Error, *MALFORMED) as error:
         problem = f"{type(error).__name__}: {error}"
         raise InputError(f"cannot read {path} {where} ({problem}); expected {expected}") from None
 
@@ -255,7 +250,7 @@ def held_out(names, share):
     """Return about `share` of the videos, by a hash of each name: at least one, but not all."""
     ranked = sorted((seed_of("split", name.removeprefix("v_")), name) for name in names)
     count = sum(place < share * 2**63 for place, _ in ranked)
-    return [name for _, name in ranked[: min(max(count, 1), len(ranked) - 1)]]
+    return {name for _, name in ranked[: min(max(count, 1), len(ranked) - 1)]}
 
 
 def _load_table(path, train, val, share):
@@ -266,9 +261,9 @@ def _load_table(path, train, val, share):
         reason = f"START without a STOP of {next(iter(begun))}" if begun else "no video in it"
         raise InputError(f"{path}: {reason}; expected {expected}")
     left = [name for name, entry in database.items() if "subset" not in entry]
-    subsets = dict.fromkeys(left, train) | dict.fromkeys(held_out(left, share), val)
-    for name, subset in subsets.items():
-        database[name]["subset"] = subset
+    val_names = held_out(left, share)
+    for name in left:
+        database[name]["subset"] = val if name in val_names else train
     return _parse_database({"database": database})
 
 

@@ -459,7 +459,7 @@ def draw_similarity(names, before_sola, after_sola, truth=None):
 
 
 def read_truth(path):
-    """Return {name, with and without v_: data.Video} of an ActivityNet JSON; {} without a path."""
+    """Return {name, with and without v_: data.Video} of annotations; {} without a path."""
     table = {}
     for video in chain.from_iterable(load_annotations(path).values()) if path else ():
         table |= dict.fromkeys(spellings(video.name), video)
