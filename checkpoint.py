@@ -76,9 +76,10 @@ class RunFolder:
         self._lock.flush()
 
 
-def write_atomic(path, write):
-    """Call write(file) on a temporary file, then rename it to `path`; InputError if that fails."""
-    part = f"{path}.part-{os.getpid()}"
+def write_atomic(path, write, host=""):
+    """Call write(file) on a temporary file, then rename it to `path`; InputError if that fails.
+    host: to begin what tells the writer in the temporary file's name."""
+    part = f"{path}.part-{host}{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(part, "wb") as file:
@@ -152,9 +153,11 @@ def seconds_of(path):
 
 def remove_stale_parts(folder):
     """Remove what killed processes of this program were writing in this folder of ours."""
+    host = re.escape(platform.node())
     for part in list(pathlib.Path(folder).rglob("*.part-*")):
-        ours = re.fullmatch(r".+\.(json|jsonl|npy|npz|pt)\.part-(\d+)", part.name)
-        if ours and not is_alive(int(ours[2])):
+        name = rf".+\.(json|jsonl|npy|npz|pt|zip)\.part-({host}-)?(\d+)"
+        ours = re.fullmatch(name, part.name)
+        if ours and not is_alive(int(ours[3])):
             part.unlink()
 
 

@@ -316,6 +316,7 @@ def _rules(cfg, pending):
     yield "stages", cfg.stages and all(s in stages for s in cfg.stages), words
     yield "out", cfg.out, "a folder"
     yield "data.annotations", cfg.data.annotations, "a file"
+    yield "data.val_share", cfg.data.val_share < 1, "a number below 1"
     words = "true with video.rate, false without, for features of the run's own"
     yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
     yield "video.crop", cfg.video.crop <= 1, "a number in (0, 1]"
@@ -363,7 +364,7 @@ def _rules_of_heads(cfg):
 
 
 def _check_files(cfg, values, todo):
-    subsets = read_annotations(cfg.data.annotations)
+    subsets = read_annotations(cfg)
     train = cfg.data.train_subset if {"lofi", "head"} & todo else None
     val = cfg.data.val_subset if "detect" in todo else None
     from_truth = cfg.detect.class_scores == "ground_truth"
@@ -385,12 +386,28 @@ def _check_files(cfg, values, todo):
             warnings.simplefilter("ignore")
             class_scores(cfg, subsets[val])
             if any(video.labels for video in subsets[val]):
-                evaluate.evaluate(cfg.data.annotations, {"results": {}}, subset=val)
+                evaluate.evaluate(ground_truth(cfg), {"results": {}}, subset=val)
 
 
 # ------------------------------------------------------------------------------- inputs of the run
 
-read_annotations = functools.lru_cache(1)(data.load_annotations)  # one reading serves all stages
+load_annotations = functools.lru_cache(1)(data.load_annotations)  # one reading serves all stages
+
+
+def read_annotations(cfg):
+    """Return the annotated videos, {subset: [data.Video, ...]}."""
+    split = (cfg.data.train_subset, cfg.data.val_subset, cfg.data.val_share)
+    return load_annotations(cfg.data.annotations, split)
+
+
+def ground_truth(cfg, videos=()):
+    """Return what evaluate.py reads: the annotations' JSON, or the same of a table, with the
+    durations of `videos`."""
+    if not cfg.data.annotations.lower().endswith(data.TABLES):
+        return cfg.data.annotations
+    known = {video.name: video for video in videos}
+    subsets = read_annotations(cfg).items()
+    return data.activitynet({name: [known.get(v.name, v) for v in vs] for name, vs in subsets})
 
 
 def head_options(cfg, channels):
@@ -412,7 +429,7 @@ def load_videos(cfg, split, source, kind, log=print):
     settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
     if not video.rate:
         settings["snippets"] = video.snippets
-    subsets, subset = read_annotations(cfg.data.annotations), cfg.data[f"{split}_subset"]
+    subsets, subset = read_annotations(cfg), cfg.data[f"{split}_subset"]
     known = {"durations": cfg.data.durations, "frames": cfg.data.frames, "settings": settings}
     return data.select_videos(subsets, subset, source, kind, log, **known)
 
@@ -474,7 +491,7 @@ def class_scores(cfg, videos):
     if source != "ground_truth":
         return evaluate.load_class_scores(source, names), f"external file {source}"
     options = {"subset": cfg.data.val_subset, "ground_truth": True}
-    scores = evaluate.load_class_scores(cfg.data.annotations, names, **options)
+    scores = evaluate.load_class_scores(ground_truth(cfg), names, **options)
     return scores, "ground truth (analysis)"
 
 
@@ -515,7 +532,7 @@ def stage_inputs(cfg, run, stage):
         files = {"head": run.head, "class scores": cfg.detect.class_scores}
     inputs = {key: data.file_hash(p) for key, p in files.items() if os.path.isfile(p or "")}
     splits = {"detect": ["val"], "sola": ["train", "val"]}.get(stage, ["train"])
-    subsets = read_annotations(cfg.data.annotations)
+    subsets = read_annotations(cfg)
     videos = list(itertools.chain(*(subsets.get(cfg.data[f"{s}_subset"], ()) for s in splits)))
     target_clips = stage == "pretrain" and "acp_plus" in cfg.pretrain.method
     if target_clips or stage in ("lofi", "head", "detect"):
@@ -621,11 +638,13 @@ def seconds_of_features(source):
 
 def score_run(cfg, run, videos, trained_on, seconds):
     """Evaluate what stage detect wrote, write metrics.json, and return it as text."""
-    truth, subset = cfg.data.annotations, cfg.data.val_subset
+    truth, subset = ground_truth(cfg, videos), cfg.data.val_subset
     names = [video.name for video in videos]
     record = {"seed": cfg.seed, "videos": data.list_hash(names), "training": trained_on}
     record["seconds"] = seconds + seconds_of_features(feature_source(cfg, run))
-    if not any(len(video.segments) for video in read_annotations(truth)[subset]):
+    if isinstance(truth, dict):
+        save_json(truth, f"{run.path}/annotations.json")  # for `python evaluate.py`
+    if not any(len(video.segments) for video in read_annotations(cfg)[subset]):
         save_json({"subset": subset, "evaluated_videos": 0, **record}, run.metrics)
         return f"{run.result} is not scored: subset {subset} has no segments"
     options = {"subset": subset, "thresholds": cfg.detect.tiou_thresholds}

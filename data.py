@@ -3,6 +3,8 @@
     ANNOTATIONS.json    ActivityNet JSON: {"database": {VIDEO: {"subset", "duration",
                         "annotations": [{"segment": [start, end], "label"}]}}}, in seconds; without
                         a duration, as in THUMOS14, the config or the media tell it
+    ANNOTATIONS.csv     or .tsv, .txt: a table with columns video, start, end, label[, subset], or
+                        an export of ELAN, BORIS or VIA, without durations
     FRAMES/VIDEO.zip    prepared frames, or folders of JPEG frames, or video files: see media.py
     FEATURES/VIDEO.npy  (L, C), any L; or FEATURES/VIDEO.h5, or one HDF5 file for all videos
 
@@ -13,16 +15,19 @@ Legend: B videos, C channels, L snippets, T frames a snippet, N segments, F fram
 
 import atexit
 import copy
+import csv
+import io
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
-from itertools import chain, compress
+from itertools import chain, compress, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -79,11 +84,16 @@ def _read_json(path, expected, parse):
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
 
 
-def load_annotations(path: str) -> dict[str, list[Video]]:
-    """Read an ActivityNet JSON: {subset: [Video, ...]}, in the file's order."""
+def load_annotations(path: str, split=("training", "validation", 0.2)) -> dict[str, list[Video]]:
+    """Read an ActivityNet JSON or a table: {subset: [Video, ...]}, in the file's order.
+
+    split: of a table without subsets: what the two are called, and the share of the second.
+    """
     if not os.path.isfile(path):
         toy = "make toy data with `python -m tools.make_toy --out data/toy`"
         raise InputError(f"no annotation file {path}: set data.annotations, or {toy}")
+    if path.lower().endswith(TABLES):
+        return _load_table(path, *split)
     entry = '{"subset", "duration": seconds, "annotations": [{"segment": [start, end], "label"}]}'
     return _read_json(path, f'{{"database": {{VIDEO: {entry}}}}}', _parse_database)
 
@@ -108,6 +118,153 @@ def _parse_database(content):
         except MALFORMED as error:
             raise ValueError(f"video {name!r}, {type(error).__name__}: {error}") from None
     return subsets
+
+
+def activitynet(subsets):
+    """Return {subset: [Video, ...]} as the content of an ActivityNet JSON."""
+    database = {}
+    for subset, v in ((name, video) for name, videos in subsets.items() for video in videos):
+        actions = zip(v.segments.tolist(), v.labels, strict=True)
+        actions = [{"segment": segment, "label": label} for segment, label in actions]
+        duration = None if math.isnan(v.duration) else v.duration
+        database[v.name] = {"subset": subset, "duration": duration, "annotations": actions}
+    return {"database": database}
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+TABLES = (".csv", ".tsv", ".txt")  # how their names end
+
+# What ELAN, BORIS and others call the columns.
+SYNONYMS = dict.fromkeys(("observation id", "media file", "media file name", "file name"), "video")
+SYNONYMS |= {"file path": "video", "behavior": "label", "split": "subset"}
+SYNONYMS |= {"start (s)": "start", "stop (s)": "end"}
+for unit in ("hh:mm:ss.ms", "ss.msec"):
+    SYNONYMS |= {f"begin time - {unit}": "start", f"end time - {unit}": "end"}
+
+
+def read_table(path, parse, expected):
+    """Call parse(row, seconds) for each row {column: text} of a CSV or TSV, without empty cells.
+
+    seconds(text) reads 12.5, 0:12 or 1:02:03.5; decimal commas, too, unless commas divide cells.
+    row["#"]: the lines at the top that begin with #. Raises InputError with the row's number.
+    """
+    where, names = "as CSV", None
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        notes = re.match(r'(("?#[^,;\t]|sep=).*\n?|\s*\n)*', text)[0]
+        # VIA gives the columns in its notes.
+        header = [f"{line.strip()}\n" for line in re.findall("# CSV_HEADER = (.*)", notes)]
+        text = "".join(header) + text[len(notes) :]
+        delimiter = next((mark for mark in "\t;" if mark in text.partition("\n")[0]), ",")
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        seconds = partial(_seconds, comma="," if delimiter != "," else ".")
+        for cells in filter(any, ([cell.strip() for cell in cells] for cells in rows)):
+            where = f"row {notes.count(chr(10)) - len(header) + rows.line_num}"
+            if names is None:
+                names, is_header = _columns(cells)
+                if is_header:
+                    continue
+            row = {name: cell for name, cell in zip_longest(names, cells, fillvalue="") if cell}
+            where += f" {row}"[:300]
+            if "" in row:
+                raise ValueError(f"{row['']!r} stands beyond the columns")
+            parse(row | ({"#": notes} if header else {}), seconds)
+    except (OSError, IndexError, csv.Error, *MALFORMED) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"cannot read {path} {where} ({problem}); expected {expected}") from None
+
+
+def _seconds(text, comma):
+    parts = text.replace(comma, ".").split(":")
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
+
+
+def _columns(cells):
+    """Return the names of columns in lower case, and whether `cells`, the first row, are these.
+
+    ELAN either has a column of labels for each tier, or gives no names: tier, participant, times in
+    up to three formats each, label, file.
+    """
+    clocks = [i for i, cell in enumerate(cells) if re.fullmatch(r"\d+:\d\d:\d\d\.\d+", cell)]
+    files = [i for i, cell in enumerate(cells) if cell.endswith(".eaf")]
+    if len(clocks) > 1 and files:
+        known = {clocks[0]: "start", clocks[1]: "end", files[0]: "video"}
+        known[clocks[-1] + clocks[1] - clocks[0]] = "label"
+        return [known.get(i, str(i)) for i in range(len(cells))], False
+    names = [name.lower() for name in cells]
+    if any(name.startswith("begin time - ") for name in names):
+        no_tier = ("begin time - ", "end time - ", "duration - ", "file ")
+        names = [n if n.startswith(no_tier) else f"label of {n}" for n in names]
+    return names, True
+
+
+def _actions_of_row(row, seconds, begun):
+    """Return [(start, end, label)]; begun: {action: start}, of BORIS."""
+    if "temporal_coordinates" in row:  # VIA's
+        times = json.loads(row["temporal_coordinates"])
+        return [(*times, _label_of_via(row))] if len(times) == 2 else []
+    event = row.get("behavior type")
+    if event in ("START", "STOP"):
+        action = (row["video"], row.get("subject"), row["label"])
+        if (event == "START") == (action in begun):
+            raise ValueError(f"{event} twice, or without the other")
+        if event == "START":
+            begun[action] = seconds(row["time"])
+            return []
+        return [(begun.pop(action), seconds(row["time"]), row["label"])]
+    tiers = [name for name in row if name.startswith("label of ")]
+    if event == "POINT" or not {*tiers, "start", "end", "label"} & row.keys():
+        return []
+    times = (seconds(row["start"]), seconds(row["end"]))
+    return [(*times, row[name]) for name in tiers or ["label"]]
+
+
+def _label_of_via(row):
+    """Return the first attribute's text, which may stand for the name of an option."""
+    (key, label), *_ = json.loads(row["metadata"]).items()
+    attributes = re.search("# ATTRIBUTE = (.*)|$", row["#"])[1]
+    return json.loads(attributes)[key]["options"].get(label, label) if attributes else label
+
+
+def _add_row(database, begun, row, seconds):
+    """Add a row to the database of an ActivityNet JSON; begun: see _actions_of_row."""
+    row = {SYNONYMS.get(name, name): text for name, text in row.items()}
+    path = json.loads(row["file_list"])[0] if "file_list" in row else row["video"]
+    folder, name = os.path.split(path.replace("\\", "/"))
+    stem, suffix = os.path.splitext(name)
+    name = stem if suffix.lower() in (*media.VIDEO_SUFFIXES, ".zip", ".eaf") else name
+    entry = database.setdefault(name, {"annotations": []})
+    for key, value in {"folder": folder, "subset": row.get("subset")}.items():
+        if value is not None and entry.setdefault(key, value) != value:
+            raise ValueError(f"{key} {value!r} of video {name}, which had {entry[key]!r} before")
+    for start, end, label in _actions_of_row(row, seconds, begun):
+        if not math.isfinite(start + end):
+            raise ValueError("start and end must be finite")
+        entry["annotations"].append({"segment": [start, end], "label": label})
+
+
+def held_out(names, share):
+    """Return about `share` of the videos, by a hash of each name: at least one, but not all."""
+    ranked = sorted((seed_of("split", name.removeprefix("v_")), name) for name in names)
+    count = sum(place < share * 2**63 for place, _ in ranked)
+    return {name for _, name in ranked[: min(max(count, 1), len(ranked) - 1)]}
+
+
+def _load_table(path, train, val, share):
+    database, begun = {}, {}
+    expected = "columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
+    read_table(path, partial(_add_row, database, begun), expected)
+    if begun or not database:
+        reason = f"START without a STOP of {next(iter(begun))}" if begun else "no video in it"
+        raise InputError(f"{path}: {reason}; expected {expected}")
+    left = [name for name, entry in database.items() if "subset" not in entry]
+    val_names = held_out(left, share)
+    for name in left:
+        database[name]["subset"] = val if name in val_names else train
+    return _parse_database({"database": database})
 
 
 def class_names(videos: list[Video]) -> list[str]:

@@ -398,7 +398,8 @@ def _load(source, what):
             with open(source, encoding="utf-8-sig") as file:
                 source = json.load(file, object_pairs_hook=unique_keys)
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{name} cannot be read as JSON: {error}") from None
+            hint = "" if name.endswith(".json") else "; tools.check_data --json makes it of a table"
+            raise InputError(f"{name} cannot be read as JSON: {error}{hint}") from None
     if not isinstance(source, dict):
         raise InputError(f"{name}: expected a JSON object, got {type(source).__name__}")
     return source, name

@@ -4,8 +4,8 @@
                        [--no-picture] [--chunk-snippets N]
 
 VIDEO: a file that FFmpeg decodes, a prepared ZIP or a folder of frames. FOLDER (default:
-RUN/localized) gets VIDEO.png, the timeline, with the ground truth of an ActivityNet JSON if --gt is
-given, and result.json, as evaluate.py reads it, to which another start with the same run adds. Its
+RUN/localized) gets VIDEO.png, the timeline, with the ground truth of annotations if --gt names
+some, and result.json, as evaluate.py reads it, to which another start with the same run adds. Its
 "external_data" says who made the classes, and where the videos lie, so that `python -m tools.plot
 timeline FOLDER` can draw them again. A file that cannot be read is refused with one line and does
 not stop the others; the exit status is then 1. From Python:
@@ -228,7 +228,7 @@ def main(argv=None):
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("--out", metavar="FOLDER", help="default: RUN/localized")
-    parser.add_argument("--gt", metavar="ANNOTATIONS", help="ActivityNet JSON, for the pictures")
+    parser.add_argument("--gt", metavar="ANNOTATIONS", help="JSON or table, for the pictures")
     parser.add_argument("--no-picture", action="store_true", help="needs no matplotlib")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--chunk-snippets", type=int, help="encoded at once (default: the run's)")

@@ -12,7 +12,6 @@ acp, arrow and speed read a folder SOURCE/{train,val}/CLASS/ of ZIPs of frames, 
 or video files; a CSV; or the segments of an ActivityNet JSON.
 """
 
-import csv
 import math
 import os
 from collections import Counter, namedtuple
@@ -176,29 +175,23 @@ def csv_clips(path, log=print):
     """Return the Clips of a CSV file.
 
     Its first line names the columns: path (of a video file, a ZIP or a folder of frames, relative
-    to the CSV), label and, where wanted, start and end (seconds; empty: the whole clip) and split
-    (train or val; without it every clip trains). Missing files are logged and left out.
+    to the CSV), label and, where wanted, start and end (seconds or h:mm:ss; empty: the whole clip)
+    and split (train or val; without it every clip trains). Missing files are logged and left out.
     """
     parts = {"train": [], "val": []}
     missing = []
-    row = "as CSV"
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            given = {key: value for key, value in row.items() if value}
-            part = parts[given.pop("split", "train")]
-            file = os.path.join(os.path.dirname(path), given.pop("path"))
-            times = (float(given.pop("start", 0)), float(given.pop("end", math.inf)))
-            clip = Clip(file, *times, given.pop("label"))
-            if given or not 0 <= clip.start_sec < clip.end_sec:
-                raise ValueError("columns, or start and end")
-            (part if os.path.exists(file) else missing).append(clip)
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(
-            f"cannot read {path} {row} ({type(error).__name__}: {error}); expected columns path,\n"
-            "label and optionally start, end (0 <= start < end, seconds), split (train or val)"
-        ) from None
+
+    def add(row, seconds):
+        part = parts[row.pop("split", "train")]
+        file = os.path.join(os.path.dirname(path), row.pop("path"))
+        times = (seconds(row.pop("start", "0")), seconds(row.pop("end", "inf")))
+        clip = Clip(file, *times, row.pop("label"))
+        if row or not 0 <= clip.start_sec < clip.end_sec:
+            raise ValueError("columns, or start and end")
+        (part if os.path.exists(file) else missing).append(clip)
+
+    expected = "columns path, label and optionally start, end (0 <= start < end, seconds), split"
+    data.read_table(path, add, f"{expected} (train or val)")
     if missing:
         names = data.first_names([clip.path for clip in missing])
         log(f"{path}: {len(missing)} files are missing and left out: {names}")

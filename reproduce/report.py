@@ -176,11 +176,9 @@ def count_line(tests, claims):
     count = [test.verdict for test in judged].count
     still = [(test.verdict, test.after_holm) for test in judged].count(("reproduced", "yes"))
     missing = [c.id for c in claims if c.id not in [test.claim.id for test in judged]]
-    line = (
-        f"**Of {len(claims)} claims {count('reproduced')} reproduced** ({still} of them still "
-        f"after Holm over the {len(judged)} judged), {count('within noise')} within noise, "
-        f"{count('not reproduced')} not reproduced"
-    )
+    line = f"**Of {len(claims)} claims {count('reproduced')} reproduced** ({still} of them still "
+    line += f"after Holm over the {len(judged)} judged), {count('within noise')} within noise, "
+    line += f"{count('not reproduced')} not reproduced"
     rest = f"; {len(missing)} not judged yet ({', '.join(missing)})" if missing else ""
     return f"{line}{rest}."
 
@@ -227,12 +225,9 @@ def table(name, measured, study):
     header = ["mAP (%)", *columns, "seeds", "paper: @0.5 / 0.75 / 0.95 / average", "over its ACP"]
     records = [r for seed in measured.seeds.values() for r in seed.values() if r["row"] in rows]
     sources = listed(record["class_source"] for record in records)
-    notes = {
-        "classes": records,
-        "top1": "own top-1" in columns,
-        "cpu": any(record["device"] == "cpu" for record in records),
-        "seeds_differ": len({len(measured.combine({row: 1})) for row in rows} - {0}) > 1,
-    }
+    notes = {"classes": records, "top1": "own top-1" in columns}
+    notes["cpu"] = any(record["device"] == "cpu" for record in records)
+    notes["seeds_differ"] = len({len(measured.combine({row: 1})) for row in rows} - {0}) > 1
     below = [study.texts[key].format(sources=sources) for key, holds in notes.items() if holds]
     title = f"### Table {name}: {study.tables[name]['title']}"
     return "\n\n".join([title, markdown_table(header, lines), " ".join(below)])

@@ -55,10 +55,8 @@ def read_records(folder):
         with gzip.open(f"{folder}/results.json.gz") as file:
             return {key_of(record): record for record in json.load(file)[MARK]}
     except (ValueError, KeyError, TypeError, OSError, EOFError):
-        raise InputError(
-            f"{folder}: README.md or results.json.gz is not of reproduce.tables: "
-            "name another --results"
-        ) from None
+        problem = f"{folder}: README.md or results.json.gz is not of reproduce.tables"
+        raise InputError(f"{problem}: name another --results") from None
 
 
 def update(folder, render, record=None):
@@ -102,10 +100,8 @@ def training_peak_gb(run):
 @functools.cache
 def idle_memory_gb():
     """Return the memory of a process that has loaded all libraries: it is in each CPU run's."""
-    code = (
-        "import torch, lofi_tal, checkpoint; torch.ones(64, 64) @ torch.ones(64, 64);"
-        "print(checkpoint.peak_memory_gb(torch.device('cpu')))"
-    )
+    code = "import torch, lofi_tal, checkpoint; torch.ones(64, 64) @ torch.ones(64, 64);"
+    code += "print(checkpoint.peak_memory_gb(torch.device('cpu')))"
     return float(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 

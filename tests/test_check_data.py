@@ -123,6 +123,61 @@ def test_what_keeps_training_from_starting_is_told(messy, tmp_path):
     assert "no subset 'testing'" in fatal[0]
 
 
+def test_statistics_are_of_what_training_sees():
+    a = make_video("a", 100.0, [(0, 10), (5, 20), (90, 120), (7, 7)], "xyxx")
+    b = make_video("b", math.nan, [(0, 2), (6, 8)], "xx")
+    s = check_data.statistics([a, b, make_video("c", 10.0)])
+    np.testing.assert_allclose(s["seconds"], [10, 15, 10, 2, 2], rtol=1e-6)
+    np.testing.assert_allclose(s["share"], [0.1, 0.15, 0.1, 0.25, 0.25], rtol=1e-6)
+    assert (s["label"].tolist(), s["owner"].tolist()) == (list("xyxxx"), [0, 0, 0, 1, 1])
+    np.testing.assert_allclose(s["action"], [30, 50, 0], rtol=1e-6)
+    assert s["classes"].tolist() == [2, 1, 0]
+
+
+def test_what_was_read_is_shown_and_settings_recommended(tmp_path):
+    """Short and long videos, few and many classes, with durations and without."""
+    database = {"a": entry(duration=10.0, segments=[(0, 1), (2, 4), (5, 9)])}
+    database["b"] = entry("validation", 20.0, [(0, 10)], "run")
+    lines = []
+    check(Sources(write_annotations(tmp_path / "a.json", database)), log=lines.append)
+    text = "\n".join(lines)
+    assert "| jump  |               1 |                 3 |              7.0 |" in text
+    assert "training lacks 1 of 2 classes: run" in lines
+    spread = "training: seconds of a segment, least / tenth / median / nine tenths / most: "
+    assert f"{spread}1 / 1.2 / 2 / 3.6 / 4" in lines
+    title = "training: % of a video that are action, least / tenth / median / nine tenths / most"
+    assert f"{title}: 70 / 70 / 70 / 70 / 70" in lines
+    assert any("detect.classes=video" in line for line in lines)
+    assert any("video.snippets=32 or more" in line for line in lines)
+
+    labels = [f"class {i % 3}" for i in range(40)]
+    times = [(100 * i, 100 * i + 4 + i % 2) for i in range(40)]
+    (text,) = ["\n".join(check_data.recommend([make_video("v", math.nan, times, labels)]))]
+    assert "detect.classes=segment: the median video with actions has 3" in text
+    # 3,905 s to the last end: a snippet each 2 s for segments of 4 s
+    assert "data.windows=true video.rate=0.5" in text and "1953 a video" in text
+    assert "video.snippets=64 (a window) gtad.durations=3" in text
+    assert "data.durations=FILE, or data.frames: 1 videos have no duration" in text
+    assert list(check_data.recommend([make_video("v", 8.0)])) == []
+
+
+def test_a_table_is_converted_with_the_durations_of_the_media(messy, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("video,start,end,label\nv.mp4,1,2,x\nw,0:03,0:04,x\n")
+    table = ["--annotations", f"{tmp_path}/t.csv", "--frames", messy.frames]
+    assert main([*table, "--json", f"{tmp_path}/new.json"]) == 0
+    subsets = data.load_annotations(f"{tmp_path}/new.json")
+    assert {subset: videos[0].duration for subset, videos in subsets.items()} == {
+        "training": 8.0,
+        "validation": 8.0,
+    }
+    with pytest.raises(SystemExit, match=r"new\.json already exists"):
+        main([*table, "--json", f"{tmp_path}/new.json"])
+    words = [f"data.annotations={tmp_path}/t.csv", f"data.frames={messy.frames}"]
+    words += ["data.train_subset=fit", "data.val_subset=test", "stages=[lofi]"]
+    assert main(["--cfg", "configs/toy.yaml", "--set", *words]) == 0
+    assert "fit: 1 videos, 1 segments" in capsys.readouterr().out
+
+
 def test_durations_may_come_from_the_frames(messy, tmp_path):
     annotation = {"segment": [1, 2], "label": "x"}
     bare = {"v": {"subset": "train", "annotations": [annotation]}}

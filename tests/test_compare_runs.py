@@ -70,7 +70,7 @@ def test_thresholds_of_thumos_and_what_differs_or_is_missing(tmp_path):
     with pytest.warns(UserWarning) as caught:
         rows = compare_runs.compare([str(tmp_path / "a"), str(tmp_path / "b")])
     messages = [str(warning.message) for warning in caught]
-    assert any("no metrics.json in 1 folder" in message for message in messages)
+    assert any("no metrics.json in 1 of " in message for message in messages)
     assert any("differ in class_source" in message for message in messages)
     assert rows[0]["0.3"] == 0.1
     assert "0.75" not in rows[0]

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 import bmn
+import checkpoint
 import config
 import data
+import evaluate
 import gtad
 import localizer
+import lofi_tal
 import tsm
 import video_encoders
 from config import load_config
@@ -402,6 +405,62 @@ def test_what_the_last_stage_reads_is_read_before_the_first(tmp_path):
     cfg.detect["class_scores"] = f"{tmp_path}/scores.json"
     with pytest.raises(config.INPUT_ERRORS, match=r"scores\.json cannot be read"):
         config.check(cfg)
+
+
+def test_a_run_on_a_table_is_the_run_on_the_same_json(tmp_path):
+    """Bit for bit, on features whose features.json has the durations."""
+    rng = np.random.default_rng(0)
+    database, rows, lengths = {}, ["video;start;end;label;subset"], {}
+    for i in range(8):
+        subset, seconds = ("fit" if i < 5 else "test"), 20.0 + i / 3
+        times = [[1.25, 6.1], [8.0, 19.7]]
+        actions = [{"segment": t, "label": f"class {(i + k) % 2}"} for k, t in enumerate(times)]
+        database[f"v{i}"] = {"subset": subset, "duration": seconds, "annotations": actions}
+        rows += [f"clips/v{i}.mp4;{a};{b};class {(i + k) % 2};" for k, (a, b) in enumerate(times)]
+        rows[-1] += subset
+        lengths[f"v{i}"] = {"duration_sec": seconds}
+        np.save(tmp_path / f"v{i}.npy", rng.normal(size=(16, 8)).astype(np.float32))
+    (tmp_path / "features.json").write_text(json.dumps({"videos": lengths}))
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    (tmp_path / "a.csv").write_text("\n".join(rows).replace(".25", ",25"))
+    words = ["stages=[head, detect]", f"data.features={tmp_path}", "data.workers=0"]
+    words += ["data.train_subset=fit", "data.val_subset=test", "video.snippets=16"]
+    words += ["gtad.stem_groups=1", "head.epochs=2", "head.batch_size=5"]
+    results = []
+    for kind in ("json", "csv"):
+        out = f"{tmp_path}/{kind}"
+        more = [f"out={out}", f"data.annotations={tmp_path}/a.{kind}"]
+        lofi_tal.main(["--cfg", "configs/toy.yaml", "--set", *words, *more])
+        metrics = checkpoint.load_json(f"{out}/metrics.json")
+        metrics.pop("seconds"), metrics.pop("training")  # the latter counts durations
+        head = torch.load(f"{out}/head/head.pt", weights_only=True)["model"]
+        result = checkpoint.load_json(f"{out}/result.json")
+        results.append((metrics, result, {key: x.tolist() for key, x in head.items()}))
+    assert results[0] == results[1] and results[0][0]["average_mAP"] > 0
+    assert data.load_annotations(f"{out}/annotations.json").keys() == {"test", "fit"}
+    by_hand = evaluate.evaluate(f"{out}/annotations.json", f"{out}/result.json", subset="test")
+    assert by_hand["mAP"] == results[0][0]["mAP"]
+    cfg = config.saved_config(out)
+    cfg.detect["class_scores"] = "ground_truth"
+    cfg["out"] = f"{tmp_path}/new"
+    assert config.check(cfg) == ["head", "detect"]
+    scores, _ = config.class_scores(cfg, config.read_annotations(cfg)["test"])
+    assert scores[0].tolist() == [[1, 1]] * 3 and scores[1] == ["class 1", "class 0"]
+    with pytest.raises(SystemExit, match=r"a\.csv cannot be read as JSON.*check_data --json"):
+        evaluate.main(["--gt", f"{tmp_path}/a.csv", "--pred", f"{out}/result.json"])
+
+
+def test_the_config_says_how_a_table_is_split(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "video,start,end,label\n" + "".join(f"{i},1,2,x\n" for i in range(99))
+    )
+    words = [f"data.annotations={tmp_path}/a.csv", "data.train_subset=fit", "data.val_subset=test"]
+    counts = []
+    for share in (0.2, 0.5):
+        subsets = config.read_annotations(toy(*words, f"data.val_share={share}"))
+        assert set(subsets) == {"fit", "test"}
+        counts.append(len(subsets["test"]))
+    assert 10 < counts[0] < 30 < 40 < counts[1] < 60
 
 
 def test_a_closed_terminal_is_none_to_fail_at(tmp_path):

@@ -16,6 +16,7 @@ import evaluate
 from data import InputError
 from tools import prepare_data
 
+TABLES = os.path.join(os.path.dirname(__file__), "tables")
 SHARED = os.path.join(os.path.dirname(__file__), "../../shared/data")
 
 
@@ -245,6 +246,126 @@ def test_real_annotation_files():
     assert counts == {"train": (200, 3007), "test": (210, 3311)}
     assert all(math.isnan(video.duration) for video in thumos["test"])
     assert len(data.class_names(thumos["test"])) == 20
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def read(path, text, encoding="utf-8", split=("training", "validation", 0.2)):
+    """Return {name: (subset, segments, labels)} of a table."""
+    path.write_bytes(text.encode(encoding))
+    return flat(data.load_annotations(str(path), split))
+
+
+def flat(subsets):
+    return {v.name: (k, v.segments.tolist(), v.labels) for k, vs in subsets.items() for v in vs}
+
+
+PLAIN = 'video,start,end,label,subset\na,1.5,4,jump,t\nb,,,,t\na.mp4,0:05,1:02:03.5,"run, far",\n'
+EXPECTED = {"a": ("t", [[1.5, 4.0], [5.0, 3723.5]], ("jump", "run, far")), "b": ("t", [], ())}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_table_is_read_as_spreadsheets_write_it(mark, encoding, tmp_path):
+    text = PLAIN.replace('"run, far"', "run").replace(",", mark).replace("run", '"run, far"')
+    if mark != ",":
+        text = text.replace("1.5", "1,5").replace("3.5", "3,5")
+    text = text.replace("video", "Video").replace("\n", "\r\n")
+    assert read(tmp_path / "a.csv", text, encoding) == EXPECTED
+    rows = ["sep=;", "Label;END;start; video ;;", ";;;;;", " jump ;4;1,5;clips\\a.mp4;;", ""]
+    found = read(tmp_path / "a.tsv", "\n".join(rows))
+    assert found == {"a": ("training", [[1.5, 4.0]], ("jump",))}
+
+
+def test_names_of_videos_are_those_of_their_media(tmp_path):
+    names = ["clips/a.mp4", "b.MKV", "v_c", "d.1", "e.zip", "D:\\x\\f.avi", "#g"]
+    text = "split,video,start,end,label\n" + "".join(f"t,{name},1,2,x\n" for name in names)
+    assert list(read(tmp_path / "a.csv", text)) == ["a", "b", "v_c", "d.1", "e", "f", "#g"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a,1,2", r"row 3 .*KeyError: 'label'"),
+        ("a,,2,x", r"row 3 .*KeyError: 'start'"),
+        ("a,1,soon,x", r"row 3 .*could not convert string to float: 'soon'"),
+        ("a,1,nan,x", r"row 3 .*must be finite"),
+        (',1,2,"x', r"row 2.*unexpected end of data"),
+        ("\n,1,2,x", r"row 4 .*KeyError: 'video'"),
+        ("a,1,2,x,t,y", r"row 3 .*'y' stands beyond the columns"),
+        ('a,"1,5",2,x', r"row 3 .*could not convert"),
+        ("a,1,2,x,t\na,1,2,x,u", r"row 4 .*subset 'u' of video a, which had 't' before"),
+        ("a,1,2,x\nclips/a,1,2,x", r"row 4 .*folder 'clips' of video a, which had ''"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named(rows, message, tmp_path):
+    path = tmp_path / "bad.csv"
+    with pytest.raises(InputError, match=rf"(?s)bad\.csv .*{message}.*expected columns video"):
+        read(path, f"video,start,end,label,subset\nz,1,2,x,t\n{rows}\n")
+
+
+def test_a_table_of_nothing_is_refused(tmp_path):
+    for text in ("", "video,start,end,label\n", "# a note\n"):
+        with pytest.raises(InputError, match="no video in it"):
+            read(tmp_path / "bad.csv", text)
+    (tmp_path / "latin.csv").write_bytes(b"video,start,end,label\ncaf\xe9,1,2,x\n")
+    with pytest.raises(InputError, match=r"cannot read .*latin\.csv.*UnicodeDecodeError"):
+        data.load_annotations(str(tmp_path / "latin.csv"))
+
+
+def test_a_table_without_subsets_is_split_by_the_names_of_its_videos(tmp_path):
+    def held_out(count, share=0.25):
+        text = "video,start,end,label\n" + "".join(f"video {i},1,2,x\n" for i in range(count))
+        found = read(tmp_path / "a.csv", text, split=("fit", "test", share))
+        return {name for name, (subset, *_) in found.items() if subset == "test"}
+
+    assert held_out(100) == {name for name in held_out(400) if int(name.split()[1]) < 100}
+    assert 75 < len(held_out(400)) < 125
+    assert [len(held_out(n)) for n in (1, 2)] == [0, 1]
+    assert len(held_out(30, 1e-6)) == 1 and len(held_out(30, 0.999999)) == 29
+    spelt = [data.held_out(names, 0.5) for names in (["v_a", "b", "c"], ["a", "v_b", "v_c"])]
+    assert {name.removeprefix("v_") for name in spelt[0]} == {
+        n.removeprefix("v_") for n in spelt[1]
+    }
+
+
+BOTH = {"v": [[1.5, 4.0], [5.0, 7.25]], "w": [[62.003, 63.0]]}
+
+
+@pytest.mark.parametrize("name", ["elan.txt", "elan_tiers.txt", "boris_aggregated.csv", "via.csv"])
+def test_exports_of_other_programs_are_read(name):
+    """The samples are made after the programs' documentation and sources."""
+    found = flat(data.load_annotations(f"{TABLES}/{name}"))
+    labels = {"v": ("jump", "run, slowly"), "w": ("jump",)}
+    if name == "elan_tiers.txt":
+        segments = {**BOTH, "v": [[1.5, 4.0], [1.5, 4.0], [5.0, 7.25]]}
+        labels["v"] = ("jump", "smile", "run, slowly")
+    else:
+        segments = BOTH
+    assert {name: segments for name, (_, segments, _) in found.items()} == segments
+    assert {name: labels for name, (*_, labels) in found.items()} == labels
+
+
+def test_starts_and_stops_of_boris_are_paired_by_subject(tmp_path):
+    path = f"{TABLES}/boris_tabular.tsv"
+    found = flat(data.load_annotations(path))
+    assert found["v"][1:] == ([[1.5, 4.0], [2.0, 6.5]], ("jump", "jump"))
+    assert found["w"][1:] == ([], ())  # a moment is no segment
+    with open(path) as file:
+        text = file.read()
+    with pytest.raises(InputError, match=r"START without a STOP of .*'ben', 'jump'"):
+        read(tmp_path / "a.tsv", text.replace("ben\tjump\t\tSTOP", "ben\tjump\t\tPOINT"))
+    with pytest.raises(InputError, match=r"row 6 .*STOP twice, or without the other"):
+        read(tmp_path / "a.tsv", text.replace("ben\tjump\t\tSTART", "ben\tjump\t\tPOINT"))
+
+
+def test_videos_become_annotations_again(tmp_path):
+    database = {"a": entry(), "b": entry("x", segments=[]), "c": {"subset": "x"}}
+    subsets = data.load_annotations(write_annotations(tmp_path / "a.json", database))
+    again = data.activitynet(subsets)["database"]
+    assert again["a"] == database["a"] and again["b"] == database["b"]
+    assert again["c"] == {"subset": "x", "duration": None, "annotations": []}
 
 
 # --------------------------------------------------------------------------------- choice of videos

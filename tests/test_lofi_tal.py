@@ -174,7 +174,7 @@ def test_a_start_tells_what_is_out_of_date(toy, tmp_path, from_acp, capsys):
     def write(database):
         with open(annotations, "w") as file:
             json.dump({"database": database}, file)
-        config.read_annotations.cache_clear()
+        config.load_annotations.cache_clear()
 
     def names(subset):
         return [name for name, video in database.items() if video["subset"] == subset]

@@ -2,9 +2,10 @@
 
     python -m tools.check_data --cfg configs/anet13.yaml
     python -m tools.check_data --annotations GT.json --frames DIR --features DIR
+    python -m tools.check_data --annotations GT.csv [--frames DIR] --json GT.json
 
-Counts videos, segments, hours, classes, frames and features of each subset. The exit status is 1
-if training could not start, or would stop at a broken file.
+Counts what each subset has, tells what its segments are like, and recommends settings for them. The
+exit status is 1 if training could not start, or would stop at a broken file.
 """
 
 import argparse
@@ -21,10 +22,16 @@ from tqdm import tqdm
 import config
 import data
 import media
-from checkpoint import RunFolder, write_atomic
+from checkpoint import RunFolder, save_json, write_atomic
+from data import first_names
+from evaluate import markdown_table
 from media import InputError
+from pretrain import gaps
 from tools.jobs import run_jobs
 
+MOST_SNIPPETS = 200  # of a video; for more, windows
+SPREADS = {"seconds of a segment": "seconds", "classes of a video": "classes"}
+SPREADS["% of a video that are action"] = "action"
 MARK = "# problems found by `python -m tools.check_data`"
 
 # What becomes of the segments that have a problem.
@@ -36,11 +43,8 @@ CONSEQUENCES = {
     "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it",
 }
 # Problems at which training stops, and the kind of file that has them.
-FATAL = {
-    "frames cannot be read": "frames",
-    "features cannot be read": "features",
-    "other channel count": "features",
-}
+FATAL = {"frames cannot be read": "frames", "features cannot be read": "features"}
+FATAL["other channel count"] = "features"
 Problem = namedtuple("Problem", "subset video kind detail")
 
 
@@ -50,7 +54,8 @@ class Sources:
 
     subsets: None: all that have segments. settings: what frames should be prepared for, as in a
     ZIP's video.json. required: those of "frames" and "features" that training reads; None: a video
-    needs one of them. train: the only subset that needs segments; None: all do.
+    needs one of them. train: the only subset that needs segments; None: all do. split: of a table:
+    see data.load_annotations. json: a new file for the annotations.
     """
 
     annotations: str
@@ -61,6 +66,8 @@ class Sources:
     settings: dict | None = None
     required: list[str] | None = None
     train: str | None = None
+    split: tuple = ("training", "validation", 0.2)
+    json: str | None = None
 
 
 def segment_problems(video):
@@ -211,8 +218,8 @@ class SubsetCheck:
 
 def check(sources, workers=0, log=print):
     """Look through a data set; return ([Problem], [what keeps training from starting or ending]).
-    Logs one line a subset. workers: processes that open the frames; 0: this one."""
-    known = data.load_annotations(sources.annotations)
+    Logs what there is. workers: processes that open the frames; 0: this one."""
+    known = data.load_annotations(sources.annotations, sources.split)
     labelled = [name for name, videos in known.items() if any(v.labels for v in videos)]
     chosen = labelled if sources.subsets is None else sources.subsets
     obstacles = list(missing_sources(sources, chosen, known))
@@ -220,6 +227,13 @@ def check(sources, workers=0, log=print):
     for subset in checks:
         subset.check(workers, log)
         obstacles += subset.obstacles(log)
+        known[subset.name] = subset.videos
+    for line in describe(checks):
+        log(line)
+    if sources.json:
+        if os.path.lexists(sources.json):
+            raise InputError(f"{sources.json} already exists: name another --json")
+        save_json(data.activitynet(known), sources.json)
     problems = [problem for subset in checks for problem in subset.problems]
     problems += compare_subsets(checks, sources)
     fatal = [f"training cannot start: {obstacle}" for obstacle in obstacles]
@@ -228,7 +242,7 @@ def check(sources, workers=0, log=print):
     stops = [p for p in problems if FATAL.get(p.kind) in read and p.video not in left_out]
     stops = list(dict.fromkeys(f"{p.video} ({p.detail})" for p in stops))
     if stops:
-        fatal.append(f"training would stop at: {data.first_names(stops)}")
+        fatal.append(f"training would stop at: {first_names(stops)}")
     return problems, fatal
 
 
@@ -261,6 +275,73 @@ def compare_subsets(checks, sources):
                 yield Problem(subset, video, "other channel count", detail)
 
 
+def statistics(videos):
+    """Return what training sees of videos, as arrays: of each segment "seconds", "share" (of its
+    video), "label", "owner" (index of its video); of each video "action" (in %), "classes" (how
+    many). A video of unknown duration is taken to end with its last segment."""
+    segments, action, classes = [], [], []
+    for i, video in enumerate(videos):
+        if math.isnan(video.duration):
+            video = replace(video, duration=np.nanmax(video.segments, initial=1e-9))
+        times, labels = video.actions
+        shares = (times[:, 1] - times[:, 0]).tolist()
+        segments += [(x * video.duration, x, y, i) for x, y in zip(shares, labels, strict=True)]
+        action.append(100 - 100 * sum(b - a for a, b in gaps(times, 0)) if labels else 0)
+        classes.append(len(set(labels)))
+    columns = zip(*segments, strict=True) if segments else [[]] * 4
+    names = ("seconds", "share", "label", "owner", "action", "classes")
+    return dict(zip(names, map(np.array, (*columns, action, classes)), strict=True))
+
+
+def describe(checks):
+    """Yield lines on what was read: by class and subset, of a video, and what to set for it."""
+    known = {subset.name: statistics(subset.videos) for subset in checks}
+    labels = sorted(set().union(*(s["label"].tolist() for s in known.values())))
+    counts = ("videos", "segments", "seconds", "segments a video")
+    rows = [["class", *(f"{name} {count}" for name in known for count in counts)]]
+    for label in labels:
+        rows.append([label])
+        for s in known.values():
+            of = s["label"] == label
+            videos, seconds = len(set(s["owner"][of].tolist())), s["seconds"][of].sum()
+            rows[-1] += [videos, of.sum(), f"{seconds:.1f}", f"{of.sum() / max(videos, 1):.1f}"]
+    yield markdown_table(rows[0], rows[1:])
+    for name, s in known.items():
+        if lacking := sorted(set(labels).difference(s["label"].tolist())):
+            yield f"{name} lacks {len(lacking)} of {len(labels)} classes: {first_names(lacking)}"
+        for title, key in SPREADS.items():
+            spread = np.quantile(s[key], (0, 0.1, 0.5, 0.9, 1)) if len(s[key]) else []
+            spread = " / ".join(f"{value:.3g}" for value in spread)
+            yield f"{name}: {title}, least / tenth / median / nine tenths / most: {spread}"
+    yield from recommend([video for subset in checks for video in subset.videos])
+
+
+def recommend(videos):
+    """Yield settings for videos, with the reason."""
+    s = statistics(videos)
+    if not len(s["seconds"]):
+        return
+    classes = np.median(s["classes"][s["classes"] > 0])
+    word = "segment" if classes >= 3 else "video"
+    yield f"recommended: detect.classes={word}: the median video with actions has {classes:g}"
+    # Times have been rounded.
+    seconds, share = (np.quantile(s[key], 0.1) * (1 + 1e-6) for key in ("seconds", "share"))
+    reason = "then nine tenths of the segments cover 2 snippets"
+    snippets = math.ceil(2 / share)
+    if snippets <= MOST_SNIPPETS:
+        yield f"recommended: video.snippets={max(snippets, 32)} or more: {reason}, {share:.2%} each"
+    else:
+        rate = math.ceil(20 / seconds) / 10
+        longest = math.ceil(rate * np.quantile(s["seconds"], 0.95))
+        length = max(64, 32 * math.ceil(longest / 16))
+        why = f"{reason}, {seconds:.3g} s; without windows only with {snippets} a video"
+        yield f"recommended: data.windows=true video.rate={rate:g}: {why}"
+        yield f"recommended: video.snippets={length} (a window) gtad.durations={longest}: for 95 %"
+    without = sum(math.isnan(video.duration) for video in videos)
+    if without:
+        yield f"recommended: data.durations=FILE, or data.frames: {without} videos have no duration"
+
+
 def write_problems(problems, path):
     """Write a line for each problem; raise InputError if `path` holds anything but such a list."""
     if os.path.lexists(path):
@@ -276,7 +357,7 @@ def find_sources(args):
     """Return the Sources of the command line; a config has what is not named there."""
     given = args.annotations, args.subsets, args.frames, args.features, args.durations
     if not args.cfg:
-        return Sources(*given)
+        return Sources(*given, json=args.json)
     cfg = config.load_config(args.cfg, args.set)
     stages = set(cfg.stages)
     video = cfg.video
@@ -291,6 +372,7 @@ def find_sources(args):
     sources = Sources(*(one or other for one, other in zip(given, names, strict=True)))
     required = ["frames"] if config.reads_frames(cfg, stages) else []
     required += ["features"] if sources.features else []
+    sources.split, sources.json = (*subsets, cfg.data.val_share), args.json
     return replace(sources, settings=settings, required=required, train=cfg.data.train_subset)
 
 
@@ -300,7 +382,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--cfg", help="a YAML of configs/, which names all paths")
     add("--set", nargs="+", default=[], action="extend", metavar="key.sub=value")
-    add("--annotations", help="ActivityNet JSON")
+    add("--annotations", help="ActivityNet JSON, or a table: video, start, end, label[, subset]")
+    add("--json", metavar="FILE", help="write the annotations there, in ActivityNet's layout")
     add("--frames", help="folder of prepared ZIPs, folders of JPEG frames or video files")
     add("--features", nargs="+", default=[], help="folders or HDF5 files of features")
     add("--durations", help="JSON {video: seconds}, for annotations without durations")

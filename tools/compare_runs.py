@@ -53,15 +53,12 @@ def _read_run(run):
     metrics = [load_json(file) for file in files]
     for file, m in zip(files, metrics, strict=True):
         if not isinstance(m, dict) or not isinstance(m.get("mAP"), dict) or "average_mAP" not in m:
-            raise InputError(
-                f'{file}: no "mAP" and "average_mAP"; expected what evaluate.py writes'
-            )
+            raise InputError(f'{file}: no "mAP" and "average_mAP", which evaluate.py writes')
     seeds = [m.get("seed") for m in metrics]
     if len(set(seeds)) < len(seeds):
-        raise InputError(
-            f"{paths}: its {len(seeds)} runs have seeds {seeds}, so they are not the seeds of one "
-            "row; name each run by itself, or one row's as NAME=RUN,RUN"
-        )
+        problem = f"its {len(seeds)} runs have seeds {seeds}, so they are not the seeds of one row"
+        remedy = "name each run by itself, or one row's as NAME=RUN,RUN"
+        raise InputError(f"{paths}: {problem}; {remedy}")
     return name or os.path.basename(os.path.abspath(paths)), metrics
 
 
@@ -81,10 +78,8 @@ def _metrics_files(path):
     if not finished:
         raise InputError(f"{path}: no metrics.json in it or in its folders; has the run finished?")
     if len(finished) < len(files):
-        count = len(files) - len(finished)
-        noun = "folder" if count == 1 else "folders"
-        note = f"{path}: no metrics.json in {count} {noun} of {len(files)}: left out"
-        warnings.warn(note, stacklevel=4)
+        count = f"{len(files) - len(finished)} of {len(files)} folders"
+        warnings.warn(f"{path}: no metrics.json in {count}: left out", stacklevel=4)
     return finished
 
 
@@ -119,9 +114,8 @@ def table(rows):
     lines = []
     for row in rows:
         std = row["std"] or {}
-        line = [row["name"]]
-        for key in (*columns, "average"):
-            line.append(_with_deviation(percent, row[key], std.get(key)))
+        keys = (*columns, "average")
+        line = [row["name"], *(_with_deviation(percent, row[k], std.get(k)) for k in keys)]
         if timed:
             line.append(_with_deviation(_seconds, row["seconds"], std.get("seconds")))
         evaluated = f"{row['evaluated_videos']} of {row['ground_truth_videos']}"
@@ -137,17 +131,11 @@ def _seconds(x):
     return "-" if x is None else f"{x:.1f}"
 
 
-def _is_own_json(path):
-    try:
-        return load_json(path).keys() == {"rows"}
-    except (InputError, AttributeError):
-        return False
-
-
-def _is_own_markdown(path):
+def _is_own(path):
+    """Return whether a file begins as what this program writes, rows or a table."""
     try:
         with open(path, encoding="utf-8") as file:
-            return file.readline().startswith(f"| {TITLE} ")
+            return file.read(20).startswith((f"| {TITLE} ", '{\n "rows": ['))
     except (OSError, ValueError):
         return False
 
@@ -161,8 +149,8 @@ def main(argv=None):
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     args = parser.parse_args(argv)
     try:
-        for path, is_own in ((args.json, _is_own_json), (args.markdown, _is_own_markdown)):
-            if path and os.path.lexists(path) and not is_own(path):
+        for path in (args.json, args.markdown):
+            if path and os.path.lexists(path) and not _is_own(path):
                 raise InputError(f"{path} already exists and is no output of this program")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

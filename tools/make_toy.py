@@ -317,12 +317,9 @@ def write_item(item, folder, toy):
     if kind == "video":
         frames, segments = render_video(rng, label, toy)
         write_zip(f"{folder}/frames/toy_{number:05d}.zip", frames)
-        times = (segments / FPS).tolist()
-        return {
-            "subset": "training" if number < num_train else "validation",
-            "duration": len(frames) / FPS,
-            "annotations": [{"segment": segment, "label": label} for segment in times],
-        }
+        actions = [{"segment": times, "label": label} for times in (segments / FPS).tolist()]
+        subset = "training" if number < num_train else "validation"
+        return {"subset": subset, "duration": len(frames) / FPS, "annotations": actions}
     folder = f"{folder}/{kind}s/{'train' if number < num_train else 'val'}/{label}"
     os.makedirs(folder, exist_ok=True)
     if kind == "clip":
@@ -348,10 +345,8 @@ def make_toy(out, toy, workers=None):
         different = {key: made.get(key) for key in settings if made.get(key) != settings[key]}
         if not different:
             return False
-        raise InputError(
-            f"{out} already exists with {different if made else 'other content'}:\n"
-            "name another --out, or remove that folder yourself"
-        )
+        problem = f"{out} already exists with {different if made else 'other content'}"
+        raise InputError(f"{problem}:\nname another --out, or remove that folder yourself")
     part = f"{out}.part-{os.getpid()}"
     counts = {kind: n + m for kind, (n, m, _) in list_kinds(toy).items()}
     jobs = {(kind, i): (kind, i) for kind, count in counts.items() for i in range(count)}
@@ -388,8 +383,7 @@ def main(argv=None):
         flag = f"--{knob.name.replace('_', '-')}"
         parser.add_argument(flag, default=knob.default, help=knob.metadata["help"], **kind)
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
-    workers = args.pop("workers")
+    out, workers = args.pop("out"), args.pop("workers")
     with one_line_errors("tools.make_toy"):
         written = make_toy(out, Toy(**args), workers)
         print(f"{out}: {'written' if written else 'already exists'}")

@@ -9,9 +9,6 @@
 
 Pictures go to RUN/pictures unless --out is given. An existing file is replaced only if it is a
 picture of this program. The same files give the same bytes, white ground and dark text.
-
-From Python, draw_* return a matplotlib Figure and save(figure, path) writes it; they neither need
-a display nor change any global state of matplotlib.
 """
 
 import argparse
@@ -40,20 +37,14 @@ SOFTWARE = "LoFi-TAL"  # marks our own pictures
 # Text; secondary text and ground truth; lines and bands.
 DARK, MID, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 # Distinguishable for the colour-blind.
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900"),
-    *("#332288", "#882255", "#44779A", "#661100", "#117733"),
-)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900")
+COLOURS += ("#332288", "#882255", "#44779A", "#661100", "#117733")
 # Behind the epochs of a fidelity.
 BANDS = {"full": "#f3f3f3", "S": "#d6e8f5", "T": "#fbe3cf", "ST": "#dcefd9"}
 # Each has a panel of its own.
-MEASURES = {
-    "lr": "learning rate",
-    "accuracy": "top-1 accuracy (%)",
-    "gradient_norm": "gradient norm",
-    "gate": "gate tanh(alpha)",
-    "spread": "spread of features",
-}
+MEASURES = {"lr": "learning rate", "accuracy": "top-1 accuracy (%)"}
+MEASURES |= {"gradient_norm": "gradient norm", "gate": "gate tanh(alpha)"}
+MEASURES["spread"] = "spread of features"
 NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "peak_memory_gb"}
 
 DPI = 150
@@ -468,7 +459,7 @@ def draw_similarity(names, before_sola, after_sola, truth=None):
 
 
 def read_truth(path):
-    """Return {name, with and without v_: data.Video} of an ActivityNet JSON; {} without a path."""
+    """Return {name, with and without v_: data.Video} of annotations; {} without a path."""
     table = {}
     for video in chain.from_iterable(load_annotations(path).values()) if path else ():
         table |= dict.fromkeys(spellings(video.name), video)
@@ -572,9 +563,8 @@ def main(argv=None):
         if args.picture == "map":
             figure = draw_map(compare(args.run))
         elif args.picture == "losses":
-            figure = draw_losses(
-                read_metrics(args.run), os.path.basename(os.path.abspath(args.run))
-            )
+            name = os.path.basename(os.path.abspath(args.run))
+            figure = draw_losses(read_metrics(args.run), name)
         else:
             figure = similarity(args.run, args.video, args.gt)
         out = args.out or f"{args.run}/pictures/{args.picture}.png"

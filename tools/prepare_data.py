@@ -9,9 +9,8 @@ FFmpeg. Run again, it skips what is there. Exit status 1 if a video failed.
 import argparse
 import json
 import os
-import re
+import platform
 import signal
-import socket
 import sys
 import zipfile
 
@@ -21,7 +20,7 @@ from torchcodec.encoders import JpegEncoder
 from tqdm import tqdm
 
 import media
-from checkpoint import is_alive
+from checkpoint import remove_stale_parts, write_atomic
 from config import one_line_errors
 from data import first_names, load_annotations
 from media import InputError
@@ -82,9 +81,8 @@ def prepare_video(path, target, settings):
     snippets = settings["snippets"]
     if settings.get("rate"):
         snippets = max(round(video.duration * settings["rate"]), 1)
-    numbers = np.unique(
-        media.snippet_frames(video.num_frames, snippets, settings["frames"], settings["stride"])
-    )
+    window = (settings["frames"], settings["stride"])
+    numbers = np.unique(media.snippet_frames(video.num_frames, snippets, *window))
     short_sides, jpegs = encode_copies(video, numbers, settings)
     kept = list(jpegs[0])
     media.check_coverage(path, len(kept), len(numbers))
@@ -107,22 +105,9 @@ def prepare_video(path, target, settings):
         "short_sides": short_sides,
         "bytes": [[len(jpeg) for jpeg in frames.values()] for frames in jpegs],
     }
-    write_whole(target, info, jpegs)
+    host = f"{platform.node()}-"
+    write_atomic(target, lambda file: write_frame_zip(file, info, jpegs), host)
     return info["note"]
-
-
-def write_whole(target, info, jpegs):
-    """Write a ZIP of frames aside and rename it when it is whole and on disk."""
-    part = f"{target}.part-{socket.gethostname()}-{os.getpid()}"
-    try:
-        with open(part, "wb") as file:
-            write_frame_zip(file, info, jpegs)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def is_prepared(target, settings):
@@ -130,16 +115,11 @@ def is_prepared(target, settings):
     if not os.path.lexists(target):
         return False
     prepared = media.FrameZip(target).prepared or {}
-    differences = [
-        f"{key} {prepared.get(key)}, now {value}"
-        for key, value in settings.items()
-        if prepared.get(key) != value
-    ]
-    if differences:
-        raise InputError(
-            f"{target} exists, prepared with other settings ({', '.join(differences)}): "
-            "choose another --out or remove it"
-        )
+    changed = [key for key, value in settings.items() if prepared.get(key) != value]
+    if changed:
+        changes = ", ".join(f"{key} {prepared.get(key)}, now {settings[key]}" for key in changed)
+        problem = f"{target} exists, prepared with other settings ({changes})"
+        raise InputError(f"{problem}: choose another --out or remove it")
     return True
 
 
@@ -178,14 +158,6 @@ def prepare(videos, out, settings, workers, log=print):
     return made, failed
 
 
-def remove_stale_parts(folder):
-    """Remove what processes of this machine were writing when they were killed."""
-    for entry in os.scandir(folder):
-        match = re.search(r"\.zip\.part-(.*)-(\d+)$", entry.name)
-        if match and match[1] == socket.gethostname() and not is_alive(int(match[2])):
-            os.remove(entry.path)
-
-
 def find_videos(args):
     """Return the videos to prepare, {name: path}, and the names of those that are missing."""
     if not os.path.isdir(args.videos):
@@ -208,15 +180,8 @@ def find_videos(args):
 
 def read_settings(args):
     """Return the settings of prepare_video. Raises InputError if one is out of range."""
-    settings = {
-        "snippets": args.snippets,
-        "frames": args.frames_per_snippet,
-        "stride": args.stride,
-        "short_side": args.short_side,
-        "quality": args.quality,
-        "copies": args.copies,
-        "rate": args.rate,
-    }
+    keys = ("snippets", "frames", "stride", "short_side", "quality", "copies", "rate")
+    settings = {key: getattr(args, key) for key in keys}
     if args.copies is None:
         settings["copies"] = [round(args.short_side / 2**0.5), args.short_side // 2]
     counts = [value for key, value in settings.items() if key not in ("copies", "rate")]
@@ -230,28 +195,22 @@ def read_settings(args):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.prepare_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    prog = "python -m tools.prepare_data"
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--videos", required=True, help="folder of video files, or of folders of JPEG frames")
-    add("--annotations", help="ActivityNet JSON: only its videos (default: all of the folder)")
+    add("--annotations", help="JSON or table: only its videos (default: all of the folder)")
     add("--subsets", nargs="+", help="only these subsets of it (default: all)")
     add("--out", required=True, help="folder for VIDEO.zip; config key data.frames")
     add("--snippets", type=int, default=100, help="L, as in the config (default: %(default)s)")
     add("--rate", type=float, help="snippets a second instead, for windows")
-    add("--frames-per-snippet", type=int, default=8, help="T (default: %(default)s)")
+    add("--frames-per-snippet", dest="frames", type=int, default=8, help="T (default: %(default)s)")
     add("--stride", type=int, default=8, help="frames from one to the next (default: %(default)s)")
     add("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
-    add(
-        "--copies",
-        type=int,
-        nargs="*",
-        help="short sides of smaller copies of each frame (default: short side / sqrt 2 and / 2: a "
-        "ZIP is 1.7 times as large, S and ST load 3 to 4 times as fast as full; no number: none)",
-    )
+    copies = "short sides of smaller copies of each frame (default: short side / sqrt 2 and / 2: a "
+    copies += "ZIP is 1.7 times as large, S and ST load 3 to 4 times as fast as full; none: none)"
+    add("--copies", type=int, nargs="*", help=copies)
     add("--quality", type=int, default=90, help="of JPEGs; copies 5 less (default: %(default)s)")
     add("--workers", type=int, default=available_cores(), help="processes (default: %(default)s)")
     return parser.parse_args(argv)

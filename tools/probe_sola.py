@@ -10,8 +10,6 @@ RUN: a run folder whose stage sola has finished. Writes into RUN/sola:
     similarity.npz   self-similarity maps of a few validation videos, raw and SoLa, for
                      `python -m tools.plot similarity RUN`
 
-The probe reads labels; the training of SoLa does not.
-
 Legend: C channels, L snippets, N or M snippets of all videos, V videos.
 """
 
@@ -94,11 +92,9 @@ def linear_probe(features, labels, held_out, held_out_labels):
     """
     logits = fit_probe(features, labels)(held_out)
     truth = held_out_labels.bool()
-    return {
-        "accuracy": ((logits > 0) == truth).double().mean().item(),
-        "auc": auc(logits, truth),
-        "background": (~truth).double().mean().item(),
-    }
+    accuracy = ((logits > 0) == truth).double().mean().item()
+    background = (~truth).double().mean().item()
+    return {"accuracy": accuracy, "auc": auc(logits, truth), "background": background}
 
 
 def evenly(dataset, most):
@@ -183,8 +179,7 @@ def run(folder, max_videos, max_maps):
 def main(argv=None):
     """Run the program of this file's first lines."""
     formatter = argparse.RawDescriptionHelpFormatter
-    prog = "python -m tools.probe_sola"
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser("tools.probe_sola", None, __doc__, formatter_class=formatter)
     parser.add_argument("run", metavar="RUN", help="run folder with a finished stage sola")
     parser.add_argument("--videos", type=int, default=500, help="most videos of each split")
     parser.add_argument("--maps", type=int, default=6, help="most self-similarity maps")
