@@ -147,13 +147,13 @@ def test_what_was_read_is_shown_and_settings_recommended(tmp_path):
     assert f"{spread}1 / 1.2 / 2 / 3.6 / 4" in lines
     title = "training: % of a video that are action, least / tenth / median / nine tenths / most"
     assert f"{title}: 70 / 70 / 70 / 70 / 70" in lines
-    assert any("detect.classes=video" in line for line in lines)
+    assert any("classes=video" in line for line in lines)
     assert any("video.snippets=32 or more" in line for line in lines)
 
     labels = [f"class {i % 3}" for i in range(40)]
     times = [(100 * i, 100 * i + 4 + i % 2) for i in range(40)]
     (text,) = ["\n".join(check_data.recommend([make_video("v", math.nan, times, labels)]))]
-    assert "detect.classes=segment: the median video with actions has 3" in text
+    assert "classes=segment: the median video with actions has 3" in text
     # 3,905 s to the last end: a snippet each 2 s for segments of 4 s
     assert "data.windows=true video.rate=0.5" in text and "1953 a video" in text
     assert "video.snippets=64 (a window) gtad.durations=3" in text

@@ -71,7 +71,7 @@ def test_the_commands_run_on_generated_videos(folder, capsys):
     rows = [[f"v{i}.mp4", "0:01", 2.5 + i / 4, "jump" if i % 2 else "fall"] for i in range(3)]
     write_table([*rows, ["v3.mp4", "", "", ""]])
     printed = run_all(capsys)
-    assert "0 problems" not in printed or "recommended: detect.classes=video" in printed
+    assert "0 problems" not in printed or "recommended: classes=video" in printed
     assert "recommended: video.snippets=32" in printed and "1 of 1 videos" in printed
     for path in ("runs/own/annotations.json", "runs/own/localized/new.png"):
         assert os.path.exists(path)

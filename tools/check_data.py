@@ -323,7 +323,7 @@ def recommend(videos):
         return
     classes = np.median(s["classes"][s["classes"] > 0])
     word = "segment" if classes >= 3 else "video"
-    yield f"recommended: detect.classes={word}: the median video with actions has {classes:g}"
+    yield f"recommended: classes={word}: the median video with actions has {classes:g}"
     # Times have been rounded.
     seconds, share = (np.quantile(s[key], 0.1) * (1 + 1e-6) for key in ("seconds", "share"))
     reason = "then nine tenths of the segments cover 2 snippets"
