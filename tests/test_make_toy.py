@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Process
 
 import data
 import media
@@ -174,11 +175,14 @@ def test_options_are_the_fields_of_a_toy(tmp_path, capsys):
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
 def test_an_interrupted_start_leaves_nothing(number, workers, tmp_path):
     options = ["--out", f"{tmp_path}/data", f"--workers={workers}"]
-    command = [sys.executable, "-m", "tools.make_toy", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "tools.make_toy", *options]
+    if workers:
+        process = Process(*command)
+    else:
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/frames/*.zip")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1

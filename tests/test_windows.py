@@ -195,7 +195,7 @@ def test_a_long_video_whose_segments_straddle_windows_is_localized(tmp_path):
 
 def test_a_run_with_windows_over_its_own_features(tmp_path):
     toy = Toy(train=4, val=4, clips=8, stills=8, size=20, snippets=16)
-    make_toy(f"{tmp_path}/toy", toy, workers=1)
+    make_toy(f"{tmp_path}/toy", toy, workers=0)
     run = tmp_path / "run"
     overrides = [
         f"out={run}",
