@@ -135,7 +135,7 @@ def serve(connection):
         message, files, *_ = socket.recv_fds(connection, NUMBER.size, 3)
         if not message:
             for pid in running:
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)  # loader workers, too
                 os.waitpid(pid, 0)
             os._exit(0)
         (pid,) = NUMBER.unpack(message)

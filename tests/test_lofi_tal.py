@@ -539,7 +539,7 @@ def test_two_processes_give_the_sola_module_of_one(sola_run, files, tmp_path):
 def test_a_signal_and_the_same_command_again_give_the_same_result(
     toy, tmp_path, from_acp, capsys, number, changes
 ):
-    overrides = [*changes, "lofi.epochs=8", "lofi.batch_size=2", "head.epochs=1", from_acp]
+    overrides = [*changes, "lofi.epochs=6", "lofi.batch_size=2", "head.epochs=1", from_acp]
     lofi_tal.main(arguments(toy, tmp_path / "undisturbed", *overrides))
     argv = arguments(toy, tmp_path / "run", "data.workers=1", *overrides)
     read, write = os.pipe()
@@ -549,7 +549,7 @@ def test_a_signal_and_the_same_command_again_give_the_same_result(
     with open(read) as lines:
         for line in lines:
             log.append(line)
-            if line.startswith("lofi 2/8"):
+            if line.startswith("lofi 2/6"):
                 # As a terminal or a scheduler does: the whole group, loader workers too.
                 os.killpg(process.pid, number)
     assert process.wait() == 128 + number, "".join(log)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import data
 import media
 import pretrain
 from media import InputError
-from tools import make_toy
+from tools import jobs, make_toy
 from tools.make_toy import AUXILIARY_MOTIONS, TARGET_MOTIONS, Toy
 
 SMALL = {"train": 3, "val": 2, "clips": 8, "stills": 24, "size": 20, "snippets": 16}
@@ -33,7 +34,9 @@ def small(tmp_path_factory):
     return out
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path, monkeypatch):
+    # Forks, as they have all imports; the spawned ones are interrupted below.
+    monkeypatch.setattr(jobs, "SpawnProcess", ForkProcess)
     make_toy.make_toy(f"{tmp_path}/again", Toy(seed=1, **SMALL), workers=2)
     make_toy.make_toy(f"{tmp_path}/other", Toy(seed=2, **SMALL), workers=0)
     first = hashes(small)

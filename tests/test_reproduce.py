@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import json
 import math
@@ -24,6 +25,15 @@ from tools import make_toy
 STUDY = report.load_study()
 ROOT = config.HERE
 CPU = ["--set", "device=cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_file_is_parsed_once():
+    """Hundreds of configs are made here of a few files."""
+    parse = functools.cache(config._read_yaml)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_read_yaml", lambda path: copy.deepcopy(parse(path)))
+        yield
 
 
 def make_campaign(*words):
