@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from processes import Process, start_ranks
 
 import checkpoint
 import data
@@ -35,7 +36,6 @@ OPTIONS = {
     "lr_step_epochs": 2,
     "lr_gamma": 0.5,
 }
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 
 def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
-    """Through torchrun; the gradients of a mean loss are averaged over ranks."""
+    """The gradients of a mean loss are averaged over ranks."""
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -270,8 +270,8 @@ def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
         torch.distributed.destroy_process_group()
     """)
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*command, script], check=True, timeout=120, capture_output=True, env=ENV)
+    for rank in start_ranks([script], [script]):
+        assert rank.wait() == 0, rank.read(2)
     out = torch.load(tmp_path / "out.pt")
     for name, value in whole[0].state_dict().items():
         torch.testing.assert_close(out["weights"][name], value, rtol=1e-5, atol=1e-6)
@@ -389,10 +389,12 @@ def test_files_are_known_by_their_content(tmp_path):
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
     code = f"import checkpoint\nrun = checkpoint.RunFolder({str(tmp_path)!r})\nrun.lock()\n"
-    code += "print(1, flush=True)\ninput()"
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    other = subprocess.Popen([sys.executable, "-c", code], **options)
-    assert other.stdout.readline() == "1\n"
+    code += "print(1, flush=True)\nimport time\ntime.sleep(60)"
+    read, write = os.pipe()
+    other = Process("-c", code, stdout=write)
+    os.close(write)
+    with open(read) as lines:
+        assert lines.readline() == "1\n"
     with pytest.raises(InputError, match=f"in use by process {other.pid} on "):
         checkpoint.RunFolder(tmp_path).lock()
     other.kill()
@@ -450,9 +452,11 @@ def test_the_second_signal_ends_a_process_that_waits_outside_python():
             lock(mutex)
             lock(mutex)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV)
-    process.stdout.readline()
+    read, write = os.pipe()
+    process = Process("-c", textwrap.dedent(code), stdout=write)
+    os.close(write)
+    with open(read) as lines:
+        lines.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -463,7 +467,9 @@ def test_the_second_signal_ends_a_process_that_waits_outside_python():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has VmHWM")
 def test_peak_memory_is_not_that_of_the_program_that_started_the_process():
-    child = "import torch, checkpoint; print(checkpoint.peak_memory_gb(torch.device('cpu')))"
+    # Without torchcodec, whose import takes seconds.
+    child = "import sys, types, torch; sys.modules['media'] = types.SimpleNamespace(InputError=1);"
+    child += "import checkpoint; print(checkpoint.peak_memory_gb(torch.device('cpu')))"
     large = "held = b'x' * (1 << 30)\nimport subprocess, sys\n"
     large += f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     command = [sys.executable, "-c", large]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 from media import InputError
 from tools import compare_runs
@@ -129,11 +130,10 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
     write(tmp_path / "run" / "metrics.json", 0.5)
     read, write_end = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "tools.compare_runs", f"{tmp_path}/run"]
-    command += ["--json", f"{tmp_path}/out.json"]
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command = ["-m", "tools.compare_runs", f"{tmp_path}/run", "--json", f"{tmp_path}/out.json"]
+    process = Process(*command, stdout=write_end)
     os.close(write_end)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+    assert (process.wait(), process.read(2)) == (-signal.SIGPIPE, "")
     assert json.loads((tmp_path / "out.json").read_text())["rows"]
 
 

@@ -8,12 +8,12 @@ memory. It lives in a process of its own, as it renames a backend of PyTorch for
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from test_lofi_tal import ENV, arguments, result_of
+from processes import ENV, Process
+from test_lofi_tal import arguments, result_of
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -172,7 +172,7 @@ def main(out, video, *argv):
 def test_no_stage_mixes_devices(tmp_path):
     """Every stage, and a video localized alone, on both devices: the same numbers."""
     toy, video = str(tmp_path / "toy"), str(tmp_path / "toy/frames/toy_00009.zip")
-    make_toy(toy, Toy(train=8, val=4, clips=16, stills=24, size=20, snippets=16), workers=1)
+    make_toy(toy, Toy(train=8, val=4, clips=16, stills=24, size=20, snippets=16), workers=0)
     overrides = [
         "stages=[pretrain, lofi, features, sola, head, detect]",
         "pretrain.method=acp_plus_background",
@@ -185,10 +185,9 @@ def test_no_stage_mixes_devices(tmp_path):
     ]
     outs = [str(tmp_path / name) for name in ("cpu", "device")]
     lofi_tal.main(arguments(toy, outs[0], *overrides))
-    command = [sys.executable, __file__, outs[1], video, *arguments(toy, outs[1], *overrides)]
-    env = {**ENV, "PYTHONPATH": "."}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [__file__, outs[1], video, *arguments(toy, outs[1], *overrides)]
+    process = Process(*command, env={**ENV, "PYTHONPATH": "."})
+    assert process.wait() == 0, process.read(2)[-3000:]
     assert result_of(outs[1]) == result_of(outs[0])
     expected = localize.localize(localize.load(outs[0]), video)
     assert load_json(f"{outs[1]}/localized.json") == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Process
 
 import evaluate as ev
 
@@ -882,10 +883,9 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path, files):
     read, write_end = os.pipe()
     os.close(read)
     out = tmp_path / "out.json"
-    command = [sys.executable, "evaluate.py", *files, "--json", str(out)]
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = Process("evaluate.py", *files, "--json", out, stdout=write_end)
     os.close(write_end)
-    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+    assert (process.wait(), process.read(2)) == (-signal.SIGPIPE, "")
     assert json.loads(out.read_text())["mAP"]
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 import checkpoint
 import config
@@ -61,9 +62,8 @@ def test_what_stands_alone_is_imported_from_an_empty_folder(tmp_path):
         shutil.copy(TOP[name], tmp_path / name)
         code += f"sys.path[0] = {str(tmp_path / name)!r}\n"
         code += f"assert importlib.import_module({name!r}).__file__.startswith(sys.path[0])\n"
-    command = [sys.executable, "-I", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    process = Process("-c", code, cwd=tmp_path, env={})
+    assert (*process.communicate(), process.returncode) == ("", "", 0)
 
 
 def functions():

@@ -3,18 +3,18 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from processes import Process
 
 import data
 
 # A program that loads 8 batches of 8 samples, of which the second meets trouble.
 PROGRAM = """
-import os, signal, sys, time, torch
+import ctypes, os, signal, subprocess, sys, time, torch
 import config, data
 
 class Troubled:
@@ -30,6 +30,10 @@ class Troubled:
         return {"name": str(index), "frames": frames, "segments": torch.zeros(index % 2, 2)}
 
 trouble, workers, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if trouble == "shm":  # of this process alone
+    assert not ctypes.CDLL(None).unshare(0x20000)
+    for words in ["--make-rprivate /", "-t tmpfs -o size=64m tmpfs /dev/shm"]:
+        subprocess.run(["mount", *words.split()], check=True)
 batches = [[(i, None) for i in range(k, k + 8)] for k in range(0, 64, 8)]
 with config.one_line_errors("program"):
     loader = data.BatchLoader(Troubled(), batches, workers, torch.device("cpu"))
@@ -41,16 +45,12 @@ with config.one_line_errors("program"):
             except RuntimeError:
                 print("interrupted")
 """
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(data.__file__)}
-SMALL_SHARED_MEMORY = [
-    *("unshare", "--mount", "sh", "-c"),
-    *('mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh"),
-]
 
 
 def may_unshare():
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     try:
-        return not subprocess.run([*SMALL_SHARED_MEMORY, "true"], capture_output=True).returncode
+        return not subprocess.run(command, capture_output=True).returncode
     except OSError:
         return False
 
@@ -63,22 +63,13 @@ def outcomes(tmp_path_factory):
     arguments = {"file 1": (path, 1, 8), "file 2": (path, 2, 8)}
     arguments |= {name: (name, 2, 8) for name in ("slip", "SIGBUS", "SIGKILL")}
     if may_unshare():
-        arguments["shm"] = ("none", 2, 1200)
-    processes = {}
-    for name, words in arguments.items():
-        before = SMALL_SHARED_MEMORY if name == "shm" else []
-        command = [*before, sys.executable, "-c", PROGRAM, *map(str, words)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENV}
-        processes[name] = subprocess.Popen(command, start_new_session=True, **pipes)
+        arguments["shm"] = ("shm", 2, 1200)
+    processes = {name: Process("-c", PROGRAM, *words) for name, words in arguments.items()}
     outcomes = {}
     for name, process in processes.items():
-        try:
-            out, err = process.communicate(timeout=60)
-            # torch's handler of SIGBUS writes a zero byte.
-            err = err.decode().replace("\0", "")
-            outcomes[name] = process.returncode, out.decode(), err
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        # torch's handler of SIGBUS writes a zero byte.
+        outcomes[name] = process.returncode, out, err.replace("\0", "")
     return outcomes
 
 

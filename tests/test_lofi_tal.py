@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from processes import ENV, TORCHRUN, WARM_TORCHRUN, Process, free_port, start_ranks
 
 import config
 import data
@@ -22,8 +22,6 @@ from checkpoint import RunFolder, load_json
 from sola import SoLa, similarity_step
 from tools.make_toy import Toy, make_toy
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-PROGRAM = [sys.executable, "lofi_tal.py"]
 GTAD = (
     "hidden: 16, gcn_width: 16, gcn_groups: 4, inner_bins: 4, context_bins: 2, map_hidden: [16, 8]"
 )
@@ -69,7 +67,7 @@ BFLOAT16 = [
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("toy") / "data")
-    make_toy(out, Toy(train=8, val=8, clips=16, stills=24, size=20, snippets=16), workers=1)
+    make_toy(out, Toy(train=8, val=8, clips=16, stills=24, size=20, snippets=16), workers=0)
     return out
 
 
@@ -146,7 +144,7 @@ def test_a_run_leaves_everything_that_a_number_needs(whole):
 
 def test_training_goes_on_when_nobody_reads_its_log(whole, toy, tmp_path):
     """As `| head -1`, or a terminal that was closed."""
-    command = [*PROGRAM, *arguments(toy, tmp_path / "run")]
+    command = [sys.executable, "lofi_tal.py", *arguments(toy, tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, text=True, env=ENV, **pipes)
     assert process.stdout.readline().startswith("pretrain: starting from random weights")
@@ -493,9 +491,7 @@ def test_short_videos_are_named_and_too_few_are_an_error(files, tmp_path, capsys
 # -------------------------------------------------------------------------------- several processes
 
 
-def torchrun(num_processes, *options, script="lofi_tal.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    return [*command, *options, script]
+TWO_RANKS = ["--standalone", "--nproc_per_node=2"]
 
 
 def same_encoder(whole, out, tolerance=1e-5):
@@ -512,7 +508,7 @@ def same_encoder(whole, out, tolerance=1e-5):
 def test_two_processes_give_the_losses_and_weights_of_one(whole, toy, tmp_path, from_acp):
     """Same global batch, frozen BatchNorm; counts of the loss are those of the global batch."""
     argv = arguments(toy, tmp_path / "two", from_acp)
-    command = [*torchrun(2, "--standalone"), *argv]
+    command = [sys.executable, *TORCHRUN, *TWO_RANKS, "lofi_tal.py", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=200)
     assert done.returncode == 0, done.stderr
     same_encoder(whole, tmp_path / "two")
@@ -523,9 +519,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(whole, toy, tmp_path, 
 
 def test_two_processes_give_the_sola_module_of_one(sola_run, files, tmp_path):
     argv = sola_arguments(files, tmp_path / "two", "stages=[sola]")
-    command = [*torchrun(2, "--standalone"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=200)
-    assert done.returncode == 0, done.stderr
+    for rank in start_ranks(*[["lofi_tal.py", *argv]] * 2):
+        assert rank.wait() == 0, rank.read(2)
     one, two = sola_weights(sola_run), sola_weights(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
@@ -544,19 +539,20 @@ def test_two_processes_give_the_sola_module_of_one(sola_run, files, tmp_path):
 def test_a_signal_and_the_same_command_again_give_the_same_result(
     toy, tmp_path, from_acp, capsys, number, changes
 ):
-    overrides = [*changes, "lofi.epochs=8", "lofi.batch_size=2", "head.epochs=1", from_acp]
+    overrides = [*changes, "lofi.epochs=6", "lofi.batch_size=2", "head.epochs=1", from_acp]
     lofi_tal.main(arguments(toy, tmp_path / "undisturbed", *overrides))
     argv = arguments(toy, tmp_path / "run", "data.workers=1", *overrides)
-    command = [*PROGRAM, *argv]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, text=True, env=ENV, start_new_session=True, **pipes)
+    read, write = os.pipe()
+    process = Process("lofi_tal.py", *argv, stdout=write, stderr=write)
+    os.close(write)
     log = []
-    for line in process.stdout:
-        log.append(line)
-        if line.startswith("lofi 2/8"):
-            # As a terminal or a scheduler does: the whole group, loader workers too.
-            os.killpg(process.pid, number)
-    assert process.wait(60) == 128 + number, "".join(log)
+    with open(read) as lines:
+        for line in lines:
+            log.append(line)
+            if line.startswith("lofi 2/6"):
+                # As a terminal or a scheduler does: the whole group, loader workers too.
+                os.killpg(process.pid, number)
+    assert process.wait() == 128 + number, "".join(log)
     assert "stopped after step" in log[-1] and "Traceback" not in "".join(log)
     assert not os.path.exists(tmp_path / "run/lofi/encoder.pt")
     capsys.readouterr()
@@ -576,10 +572,9 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def children_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
 
 
 ABSENT = """
@@ -597,12 +592,10 @@ lofi_tal.main(sys.argv[2:])
 
 def test_the_second_signal_ends_a_rank_that_waits_for_another(toy, tmp_path, from_acp):
     argv = arguments(toy, tmp_path / "run", "stages=[lofi]", from_acp)
-    absent = [sys.executable, "-c", ABSENT, str(tmp_path / "there")]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen([*command, *argv], env={**ENV, **place, "RANK": str(rank)})
-        for rank, command in enumerate((PROGRAM, absent))
-    ]
+    ranks = start_ranks(
+        ["lofi_tal.py", *argv],
+        ["-c", ABSENT, tmp_path / "there", *argv],
+    )
     try:
         wait_for(tmp_path / "there", ranks[1])
         for _ in range(2):  # as a scheduler and torchrun do, of which each sends the first
@@ -637,30 +630,25 @@ def test_kill_9_of_a_rank_under_max_restarts_loses_nothing(whole, toy, tmp_path,
     agents stand."""
     overrides = ["stages=[pretrain, lofi]", "checkpoint_sec=0", from_acp]
     if nodes == 1:
-        rendezvous = ["--standalone"]
+        rendezvous = TWO_RANKS
         overrides += ["lofi.accumulate=2", "lofi.chunk_snippets=3"]
     else:
-        endpoint = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
-        rendezvous = ["--nnodes=2", "--rdzv_backend=c10d", endpoint, "--rdzv_id=test"]
+        rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"]
+        rendezvous += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     (tmp_path / "late.py").write_text(LATE)
     saved = str(tmp_path / "run/lofi/checkpoint.pt")
-    command = torchrun(2 // nodes, "--max-restarts=1", *rendezvous, script=tmp_path / "late.py")
-    command += [saved, *arguments(toy, tmp_path / "run", *overrides)]
-    logs = [tmp_path / f"log{n}" for n in range(nodes)]
-    agents = []
-    for log in logs:
-        with open(log, "w") as file:
-            agents.append(subprocess.Popen(command, stdout=file, stderr=file, env=ENV))
+    command = [*WARM_TORCHRUN, *rendezvous, "--max-restarts=1", tmp_path / "late.py", saved]
+    command += arguments(toy, tmp_path / "run", *overrides)
+    agents = [Process(*command) for _ in range(nodes)]
     try:
         wait_for(saved, agents[0])
-        pid = agents[-1].pid
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            os.kill(int(file.read().split()[-1]), signal.SIGKILL)
+        (server,) = children_of(agents[-1].pid)
+        os.kill(children_of(server)[-1], signal.SIGKILL)
         codes = [agent.wait(timeout=60) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
-    log = "".join(path.read_text() for path in logs)
+    log = "".join(agent.read(1) + agent.read(2) for agent in agents)
     assert codes == [0] * nodes, log
     assert "lofi: resuming at epoch" in log
     same_encoder(whole, tmp_path / "run")
@@ -690,11 +678,14 @@ lofi_tal.main(sys.argv[2:])
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
 def test_ranks_end_with_their_launcher(toy, tmp_path, from_acp):
     argv = arguments(toy, tmp_path / "run", "stages=[lofi]", "lofi.epochs=9999", from_acp)
-    command = [*torchrun(2, "--standalone"), *argv, "checkpoint_sec=0"]
-    agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV)
+    read, write = os.pipe()
+    command = [*TORCHRUN, *TWO_RANKS, "lofi_tal.py", *argv, "checkpoint_sec=0"]
+    agent = Process(*command, stdout=write, stderr=write)
+    os.close(write)
     wait_for(tmp_path / "run/lofi/checkpoint.pt", agent)
     agent.kill()
-    agent.communicate(timeout=20)  # until the last of its ranks has closed the log
+    with open(read) as log:
+        log.read()  # until the last of its ranks has closed it
     RunFolder(tmp_path / "run").lock()
 
 
@@ -706,11 +697,10 @@ def test_kill_9_in_an_epoch_and_while_a_checkpoint_is_written_lose_nothing(
     path = f"{tmp_path}/run/lofi/checkpoint.pt"
     # Of a process: the first is the encoder of stage pretrain, or the first after resuming.
     for count in ("3", "2"):
-        command = [sys.executable, "-c", DIES, count, *argv]
-        died = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=100)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        died = Process("-c", DIES, count, *argv)
+        assert died.wait() == -signal.SIGKILL, died.read(2)
         assert glob.glob(f"{path}.part-*")
-    process = subprocess.Popen([*PROGRAM, *argv], stdout=subprocess.DEVNULL, env=ENV)
+    process = Process("lofi_tal.py", *argv)
     written = os.stat(f"{path}.previous").st_mtime_ns
     while os.stat(f"{path}.previous").st_mtime_ns == written:
         assert process.poll() is None
@@ -736,34 +726,23 @@ def damaged(toy, tmp_path_factory):
     return frames
 
 
-def processes_of(run):
-    """Return the processes that have this run on their command line: loader workers, too."""
-    found = []
-    for path in glob.glob("/proc/[0-9]*/cmdline"):
-        try:
-            with open(path, "rb") as file:
-                if f"out={run}".encode() in file.read():
-                    found.append(path)
-        except OSError:  # it has just ended
-            pass
-    return found
-
-
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_damaged_zip_in_a_loader_worker_ends_the_run(
     toy, tmp_path, from_acp, damaged, num_processes
 ):
-    command = PROGRAM if num_processes == 1 else torchrun(2, "--standalone")
+    before = [] if num_processes == 1 else [*WARM_TORCHRUN, *TWO_RANKS]
     overrides = ["stages=[lofi]", "data.workers=2", f"data.frames={damaged}", from_acp]
     argv = arguments(toy, tmp_path / "run", *overrides)
-    started = time.monotonic()
-    done = subprocess.run([*command, *argv], capture_output=True, text=True, env=ENV, timeout=60)
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if "lofi_tal.py: " in line]
+    read, write = os.pipe()
+    process = Process(*before, "lofi_tal.py", *argv, stderr=write)
+    os.close(write)
+    assert process.wait(40) == 1
+    with open(read) as file:
+        printed = file.read().splitlines()  # until the last loader worker has closed it
+    lines = [line for line in printed if "lofi_tal.py: " in line]
     assert len(lines) == 1 and "toy_00005.zip" in lines[0]
     if num_processes == 1:
-        assert done.stderr.splitlines() == lines
-    assert time.monotonic() - started < 40 and not processes_of(tmp_path / "run")
+        assert printed == lines
 
 
 def test_a_slip_of_ours_is_a_traceback(toy, tmp_path, from_acp, monkeypatch):

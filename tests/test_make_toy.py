@@ -4,16 +4,18 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Process
 
 import data
 import media
 import pretrain
 from media import InputError
-from tools import make_toy
+from tools import jobs, make_toy
 from tools.make_toy import AUXILIARY_MOTIONS, TARGET_MOTIONS, Toy
 
 SMALL = {"train": 3, "val": 2, "clips": 8, "stills": 24, "size": 20, "snippets": 16}
@@ -32,7 +34,9 @@ def small(tmp_path_factory):
     return out
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_whatever_the_workers(small, tmp_path, monkeypatch):
+    # Forks, as they have all imports; the spawned ones are interrupted below.
+    monkeypatch.setattr(jobs, "SpawnProcess", ForkProcess)
     make_toy.make_toy(f"{tmp_path}/again", Toy(seed=1, **SMALL), workers=2)
     make_toy.make_toy(f"{tmp_path}/other", Toy(seed=2, **SMALL), workers=0)
     first = hashes(small)
@@ -174,11 +178,14 @@ def test_options_are_the_fields_of_a_toy(tmp_path, capsys):
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
 def test_an_interrupted_start_leaves_nothing(number, workers, tmp_path):
     options = ["--out", f"{tmp_path}/data", f"--workers={workers}"]
-    command = [sys.executable, "-m", "tools.make_toy", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "tools.make_toy", *options]
+    if workers:
+        process = Process(*command)
+    else:
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/frames/*.zip")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import Process
 
-import config
 from media import InputError
 from tools import plot
 
@@ -397,8 +396,7 @@ def test_no_display_and_no_pyplot():
     )
     hidden = ("DISPLAY", "MPLBACKEND")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=config.HERE)
-    assert done.returncode == 0
+    assert Process("-c", code, env=environment).wait() == 0
 
 
 def test_without_matplotlib_the_error_names_the_package(monkeypatch):

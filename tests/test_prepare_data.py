@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ENV, Process
 from torchcodec.encoders import JpegEncoder
 
 import media
@@ -207,31 +208,23 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path):
 # ---------------------------------------------------------------------------------- command line
 
 
-def start(tmp_path, *options, **popen):
-    command = [sys.executable, "-m", "tools.prepare_data", "--videos", str(tmp_path / "in")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out"), *options],
-        cwd=CLONE,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        **popen,
-    )
+def command_line(tmp_path, *options):
+    folders = ["--videos", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    return ["-m", "tools.prepare_data", *folders, *options]
 
 
 def test_kill_9_while_preparing_leaves_nothing_that_passes_for_whole(videos, tmp_path):
     out = tmp_path / "out"
     options = "--snippets 40 --frames-per-snippet 2 --stride 1 --short-side 32 --workers 0 --copies"
-    process = start(tmp_path, *options.split())
+    command = [sys.executable, *command_line(tmp_path, *options.split())]
+    process = subprocess.Popen(command, cwd=CLONE, env=ENV, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if out.is_dir() and os.listdir(out):
             break
         time.sleep(0.001)
     process.kill()
-    process.communicate()
+    process.wait()
     left = os.listdir(out)
     whole = [name[:-4] for name in left if name.endswith(".zip")]
     assert left and all(len(media.open_media(f"{out}/{name}.zip").kept) == 40 for name in whole)
@@ -259,7 +252,7 @@ def is_running(pid):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interruption_ends_the_workers_at_once(videos, tmp_path, name):
-    process = start(tmp_path, "--workers", "2", start_new_session=True)
+    process = Process(*command_line(tmp_path, "--workers", "2"))
     deadline = time.monotonic() + 60
     children = []
     # Two workers and multiprocessing's resource tracker.
@@ -268,7 +261,8 @@ def test_an_interruption_ends_the_workers_at_once(videos, tmp_path, name):
         children = children_of(process.pid)
     time.sleep(0.2)
     # Ctrl-C reaches the whole group, a scheduler's SIGTERM may not.
-    os.killpg(process.pid, signal.SIGINT) if name == "SIGINT" else process.terminate()
+    send = os.killpg if name == "SIGINT" else os.kill
+    send(process.pid, signal.Signals[name])
     assert process.communicate(timeout=60)[1].splitlines() == [
         "tools.prepare_data: interrupted; rerun the same command to resume"
     ]

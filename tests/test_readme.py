@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import ENV, Process
 
 import config
 import sola
@@ -33,10 +32,8 @@ def test_a_snippet_runs_beside_the_one_file_that_it_imports(snippet, tmp_path):
         module = sola.SoLa(8)
         torch.save({"model": module.state_dict(), **module.sizes}, path)
         before = "import torch\nhead = torch.nn.Identity()\n"
-    command = [sys.executable, "-c", before + snippet]
-    env = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    process = Process("-c", before + snippet, cwd=tmp_path, env={**ENV, "PYTHONPATH": ""})
+    assert process.wait() == 0, process.read(2)
 
 
 def test_every_module_that_can_be_copied_has_a_snippet():

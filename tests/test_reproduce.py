@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import json
 import math
@@ -7,13 +8,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from processes import ENV, Process
 
 import checkpoint
 import config
@@ -24,6 +25,15 @@ from tools import make_toy
 STUDY = report.load_study()
 ROOT = config.HERE
 CPU = ["--set", "device=cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_file_is_parsed_once():
+    """Hundreds of configs are made here of a few files."""
+    parse = functools.cache(config._read_yaml)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_read_yaml", lambda path: copy.deepcopy(parse(path)))
+        yield
 
 
 def make_campaign(*words):
@@ -728,26 +738,14 @@ def test_a_signal_reaches_rows_once_and_the_same_command_resumes(number, tmp_pat
     (tmp_path / "row.py").write_text(FAKE_ROW)
     (tmp_path / "go.py").write_text(script + START)
 
-    def reset():  # both are ignored where the tests themselves run in the background
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    first = subprocess.Popen(
-        [sys.executable, f"{tmp_path}/go.py"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=reset,
-    )
+    first = Process(f"{tmp_path}/go.py", env=ENV | {"PYTHONPATH": ROOT})
     deadline = time.monotonic() + 60
     ready = [tmp_path / "runs/bmn_lofi/metrics.json", tmp_path / "runs/bmn_acp/started"]
     while not all(path.exists() for path in ready):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.05)
     first.send_signal(number)
-    output = first.communicate(timeout=60)[0]
+    output = "".join(first.communicate(timeout=60))
     assert first.returncode == 1
     assert "interrupted; rerun the same command to resume" in output
     # It was told once, and waited for.
