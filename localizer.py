@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 import bmn
@@ -400,6 +401,44 @@ def average_gradients(model, ddp):
         mean = ddp.mean(torch.cat([grad.flatten() for grad in grads]))
         for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+class GlobalBatchNorm(nn.SyncBatchNorm):
+    """Normalise by the statistics of all processes' batch in training: torch's is for GPUs only."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        var, mean = (s.double() for s in torch.var_mean(x.float(), [0, *range(2, x.ndim)]))
+        count = x.numel() // len(mean)
+        own = torch.stack([mean, var * (1 - 1 / count) + mean.square()])
+        moments = own + (self.ddp.mean(own.detach()) - own.detach())
+        moments.register_hook(self.ddp.mean)  # the losses of other processes depend on them, too
+        mean, square = moments
+        var = square - mean.square()
+        unbiased = var / (1 - 1 / (count * self.ddp.world_size))
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            self.running_var.lerp_(unbiased.float(), self.momentum)
+        scale = self.weight / (var + self.eps).sqrt()
+        affine = torch.stack([scale, self.bias - mean * scale]).float()
+        scale, shift = affine.view(2, -1, *[1] * (x.ndim - 2))
+        return (x * scale + shift).to(x.dtype)
+
+
+@contextlib.contextmanager
+def global_batchnorm(model, ddp):
+    """Make BatchNorm independent of the number of processes within a `with` block."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and ddp.world_size > 1]
+    kinds = [type(m) for m in norms]
+    for m in norms:
+        m.__class__, m.ddp, m.process_group = GlobalBatchNorm, ddp, None
+    try:
+        yield
+    finally:
+        for m, kind in zip(norms, kinds, strict=True):
+            m.__class__ = kind
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
     net = DistributedDataParallel(model) if ddp.world_size > 1 else model
     net.train()
     max_norm = options.get("clip_grad_norm") or float("inf")  # inf: measured, not clipped
-    with checkpoint.StopSignals() as signals:
+    with checkpoint.StopSignals() as signals, localizer.global_batchnorm(model, ddp):
         for epoch in range(progress.epoch, options["epochs"]):
             dataset.set_epoch(epoch)
             sampler.set_epoch(epoch, progress.step)  # resumes here: step 0 but in the first epoch
@@ -98,9 +98,6 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
                     ddp.log(f"{progress.title}: stopped after step {i + 1}; rerun to resume")
                     raise SystemExit(128 + signals.number)
             progress.end_epoch()
-    if ddp.world_size > 1:  # DDP copies rank 0's buffers before a forward, not after the last
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
     return time.monotonic() - progress.started
 
 
