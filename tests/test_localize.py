@@ -37,10 +37,10 @@ TINY = [
 # Of "windows": 20 snippets in windows of 8.
 KINDS = {
     "plain": ["stages=[pretrain,features,head,detect]"],
-    "sola": ["stages=[pretrain,features,sola,head,detect]"],
+    "sola": ["stages=[pretrain,features,sola,head,detect]", "classes=segment"],
     "windows": [
         *("stages=[pretrain,features,head,detect]", "gtad.durations=6"),
-        *("data.windows=true", "video.rate=2.5"),
+        *("data.windows=true", "video.rate=2.5", "classes=segment"),
     ],
 }
 

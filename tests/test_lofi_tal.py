@@ -518,6 +518,27 @@ def test_two_processes_give_the_losses_and_weights_of_one(whole, toy, tmp_path):
     assert load_json(tmp_path / "two/versions.json")["processes"] == 2
 
 
+def test_two_processes_give_the_classes_of_segments_of_one(files, tmp_path):
+    sizes = ["bmn={hidden: 16, groups: 1, samples: 4, map_hidden: [16, 8]}", "tal_head=bmn"]
+    words = [*sizes, "classes=segment", "classifier.dropout=0", "stages=[head, detect]"]
+    lofi_tal.main(sola_arguments(files, tmp_path / "one", *words))
+    argv = sola_arguments(files, tmp_path / "two", *words)
+    process = Process(*WARM_TORCHRUN, *TWO_RANKS, "lofi_tal.py", *argv)
+    _, errors = process.communicate(200)
+    assert process.returncode == 0, errors
+    one, two = (weights(f"{tmp_path}/{run}/head/head.pt") for run in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    metrics, results = result_of(tmp_path / "one")
+    assert metrics["class_source"] == "segments, classifier of the run"
+    again, others = result_of(tmp_path / "two")
+    assert again["average_mAP"] == pytest.approx(metrics["average_mAP"], abs=0.01)
+    for name, detections in results.items():
+        best, other = detections[0], others[name][0]
+        assert best["label"] == other["label"] and best["score"] > 0
+        assert other["score"] == pytest.approx(best["score"], rel=1e-2)
+
+
 def test_two_processes_give_the_sola_module_of_one(sola_run, files, tmp_path):
     argv = sola_arguments(files, tmp_path / "two", "stages=[sola]")
     for rank in start_ranks(*[["lofi_tal.py", *argv]] * 2):
