@@ -324,21 +324,21 @@ def recommend(videos):
     classes = np.median(s["classes"][s["classes"] > 0])
     word = "segment" if classes >= 3 else "video"
     yield f"recommended: classes={word}: the median video with actions has {classes:g}"
-    # Times have been rounded.
-    seconds, share = (np.quantile(s[key], 0.1) * (1 + 1e-6) for key in ("seconds", "share"))
+    # Fractions of a video are not exact.
+    seconds, longest = np.quantile(s["seconds"], (0.1, 0.95)).round(2).clip(0.01)
+    share = np.quantile(s["share"], 0.1)
     reason = "then nine tenths of the segments cover 2 snippets"
     snippets = math.ceil(2 / share)
     if snippets <= MOST_SNIPPETS:
         yield f"recommended: video.snippets={max(snippets, 32)} or more: {reason}, {share:.2%} each"
     else:
         rate = math.ceil(20 / seconds) / 10
-        longest = math.ceil(rate * np.quantile(s["seconds"], 0.95))
+        longest = math.ceil(rate * longest)
         length = max(64, 32 * math.ceil(longest / 16))
         why = f"{reason}, {seconds:.3g} s; without windows only with {snippets} a video"
         yield f"recommended: data.windows=true video.rate={rate:g}: {why}"
         yield f"recommended: video.snippets={length} (a window) gtad.durations={longest}: for 95 %"
-    without = sum(math.isnan(video.duration) for video in videos)
-    if without:
+    if without := sum(math.isnan(video.duration) for video in videos):
         yield f"recommended: data.durations=FILE, or data.frames: {without} videos have no duration"
 
 
