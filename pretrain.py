@@ -184,7 +184,7 @@ def csv_clips(path, log=print):
     row = "as CSV"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, strict=True))
         for row in rows:
             given = {key: value for key, value in row.items() if value}
             part = parts[given.pop("split", "train")]
