@@ -71,7 +71,7 @@ def run_program(program, refused, console):
         return "memory", text[-2000:]
     if code:
         late = program.name == "lofi_tal" and "stage head took" in printed
-        wordy = isinstance(code, str) and (code.count("\n") > 12 or len(code) > 3000)
+        wordy = isinstance(code, str) and (code.count("\n") > 12 or len(code) > 3200)
         return "late" if late else "wordy" if wordy else "refused", text[-3000:]
     silent = refused and not COMPLAINT.search(printed)
     return "silent" if silent else "accepted", f"the reference says {refused}" if silent else ""
@@ -95,7 +95,8 @@ def run_child(kind, base, rng, note, bounds):
     console = open("console", "w+b", buffering=0)  # noqa: SIM115
     for number in (1, 2):
         os.dup2(console.fileno(), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
     with open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + bounds.memory,) * 2)
@@ -112,9 +113,11 @@ def run_child(kind, base, rng, note, bounds):
 def reason_against(reference, content):
     """Return why a reference refuses a file, or None."""
     try:
-        return reference and reference(content)
+        if reference:
+            reference(content)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
+    return None
 
 
 def wait_for(pid, wall_sec):
@@ -176,9 +179,9 @@ def make_inputs(folder):
         sys.exit(f"the valid inputs cannot be made: see {folder}/log")
 
 
-def fuzz(kinds, base, seed, numbers, bounds):
-    """Try mutations by number, kinds in turn; print failures, return Counter of (kind, outcome)."""
-    names, counts = list(kinds), Counter()
+def fuzz(kinds, base, seed, numbers, counts, bounds):
+    """Try mutations by number, kinds in turn; print failures, count each (kind, outcome)."""
+    names = list(kinds)
     for i in numbers:
         name = names[i % len(names)]
         steps = attempt(kinds[name], base, f"{seed} {name} {i}", bounds)
@@ -191,7 +194,6 @@ def fuzz(kinds, base, seed, numbers, bounds):
                 what = steps[-2][0] if step == "end" else step
                 print(f"\nFAILED {name}, {what}: {outcome}; python -m tests.fuzz {repeat}")
                 print(f"{steps[0][2]}\n{text.strip()}", flush=True)
-    return counts
 
 
 def table(counts):
@@ -218,13 +220,17 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="fuzz-base-") as base:
         make_inputs(base)
         started = time.monotonic()
-        numbers = range(args.first, args.first + args.count)
-        counts = fuzz(kinds, base, args.seed, numbers, Bounds())
+        numbers, counts = range(args.first, args.first + args.count), Counter()
+        # Interrupted, it tells what it has found by then.
+        with contextlib.suppress(KeyboardInterrupt):
+            fuzz(kinds, base, args.seed, numbers, counts, Bounds())
     failed = sum(number for (_, outcome), number in counts.items() if outcome in FAILURES)
     seconds = time.monotonic() - started
-    print(f"\n{table(counts)}\n{args.count} mutations, {failed} failures, {seconds:.0f} s")
+    count = sum(number for (_, outcome), number in counts.items() if outcome == "mutations")
+    print(f"\n{table(counts)}\n{count} mutations, {failed} failures, {seconds:.0f} s")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

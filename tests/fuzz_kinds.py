@@ -4,8 +4,10 @@ Paths are relative to the working folder, a copy of what `make_base` writes.
 """
 
 import glob
+import json
 import os
 import shutil
+import sys
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -40,6 +42,8 @@ SETTINGS += ["sola.epochs=1", "sola.hidden=8", "sola.subsequence=5", "sola.posit
 SETTINGS += ["sola.subsequences_per_video=1", "log_every=1"]
 VIDEO = "toy_00003"  # of the validation subset
 TRUTH = "data/annotations.json"
+ZIP = f"data/frames/{VIDEO}.zip"
+MAPS = "run/sola/similarity.npz"
 
 # All stages; a head on features that lie elsewhere.
 WHOLE = ["stages=[pretrain, lofi, features, sola, head, detect]", "out=run", "head.epochs=1"]
@@ -84,6 +88,7 @@ def make_base():
     durations = {name: video.pop("duration") for name, video in database.items()}
     contents = {"bare": annotations, "durations": durations, "cuhk": cuhk}
     contents |= {"scores": dict.fromkeys(val, scores)}
+    contents["columns"] = {**cuhk, "class": {"turn": 1, "jump": 0}}
     contents["new"] = contents["tiny"] = config.load_config(TOY, [*SETTINGS, *QUICK])
     contents["set"] = config.flatten(contents["new"])
     for name, content in contents.items():
@@ -125,7 +130,8 @@ def start_if_small(*argv):
 
 
 def by_words(program):
-    words = [word for word in checkpoint.load_json("set.json") if word]
+    with open("set.json") as file:
+        words = [word for word in json.load(file) if word]
     program("--cfg", "new.json", "--set", *words)
 
 
@@ -151,6 +157,7 @@ def check(*argv):
 
 
 def score(*argv):
+    sys.stdout.reconfigure(errors="replace")  # as when it is started
     evaluate.main(["--gt", TRUTH, "--pred", "run/result.json", *argv])
 
 
@@ -221,68 +228,100 @@ def zip_kind(folder):
     )
 
 
-def list_kinds():
-    """Return {name: Kind}."""
+def json_kinds():
+    """Return {name: Kind} of annotations, results, class scores and durations."""
+    bare = ["--annotations", "bare.json", "--features", "feats"]
+    untimed = [*QUICK, "data.annotations=bare.json"]
+    scores = {
+        name: [*QUICK, f"detect.class_scores={name}.json"] for name in ("scores", "cuhk", "columns")
+    }
+    kinds = {
+        name: kind_of([f"{name}.json"], m.mutate_json, references.scores, lofi_tal=(1, start, *run))
+        for name, run in scores.items()
+    }
+    kinds["annotations"] = kind_of(
+        [TRUTH],
+        m.mutate_json,
+        references.annotations,
+        check_data=(1, check, "--annotations", TRUTH, "--features", "feats"),
+        lofi_tal=(1, start, *QUICK),
+        evaluate=(1, score, "--ar"),
+        plain_prepare=(0.3, prepare, "--annotations", TRUTH),
+        plain_clips=(0.3, read_clips, TRUTH),
+        plot=(0.1, draw, "timeline", "run", "--gt", TRUTH),
+    )
+    kinds["result"] = kind_of(
+        ["run/result.json"],
+        m.mutate_json,
+        references.result,
+        evaluate=(1, score),
+        evaluate_ar=(1, score, "--ar"),
+        plot=(0.3, draw, "timeline", "run"),
+    )
+    kinds["localized"] = kind_of(
+        ["run/localized/result.json"],
+        m.mutate_json,
+        localize=(1, find, ZIP),
+        plot=(0.5, draw, "timeline", "run/localized"),
+    )
+    kinds["durations"] = kind_of(
+        ["durations.json"],
+        m.mutate_json,
+        references.durations,
+        check_data=(1, check, *bare, "--durations", "durations.json"),
+        lofi_tal=(1, start, *untimed, "data.durations=durations.json"),
+    )
+    kinds["info"] = kind_of(
+        ["feats/features.json"],
+        m.mutate_json,
+        references.info,
+        check_data=(1, check, *bare),
+        lofi_tal=(1, start, *untimed),
+    )
+    return kinds
+
+
+def run_kinds():
+    """Return {name: Kind} of what a run leaves and goes on from."""
     ours = [f"run/{name}/inputs.json" for name in ("pretrain", "lofi", "features", "sola", "head")]
     ours += [f"run/{name}" for name in ("config.json", "metrics.json", "features/features.json")]
     ours += ["run/sola/features/features.json", "own.json"]
     losses = [f"run/{stage}/metrics.jsonl" for stage in ("lofi", "sola", "head", "pretrain/acp")]
-    encoders = ["run/lofi/encoder.pt", "run/head/head.pt", "run/sola/sola.pt"]
+    kinds = {
+        "weights": kind_of(
+            ["run/lofi/encoder.pt", "run/head/head.pt", "run/sola/sola.pt"],
+            m.mutate_weights,
+            references.weights,
+            localize=(1, find, ZIP),
+            plain_start=(0.2, start, *FROM_ENCODER),
+            plain_finished=(0.2, start, *WHOLE),
+        ),
+        "run": kind_of(
+            ours,
+            m.mutate_json,
+            lofi_tal=(1, start, *WHOLE),
+            localize=(0.3, find, ZIP),
+            compare_runs=(1, compare_runs.main, ["run", "own.json", "--json=c.json"]),
+            plot=(0.1, draw, "map", "run", "own.json", "--out=map.png"),
+            probe_sola=(0.2, probe_sola.main, ["run"]),
+        ),
+        "losses": kind_of(losses, m.mutate_lines, plot=(1, draw, "losses", "run")),
+    }
+    for name, file, mutate, program in (
+        ("resume", "half/head/checkpoint.pt", m.mutate_weights, {"lofi_tal": (1, start, *HALF)}),
+        ("seconds", "run/features/seconds.json", m.mutate_json, {"lofi_tal": (1, features_again)}),
+        ("similarity", MAPS, m.mutate_archive, {"plot": (1, draw, "similarity", "run")}),
+    ):
+        kinds[name] = kind_of([file], mutate, **program)
+    return kinds
+
+
+def list_kinds():
+    """Return {name: Kind} of all."""
+    feats = ["feats/toy_00000.npy", f"feats/{VIDEO}.npy"]
+    acp = ["stages=[pretrain]", "pretrain.acp.source=clips.csv", "out=new"]
     folder = [f"folders/{VIDEO}/{name}" for name in ("video.json", "000000.jpg", "000003.jpg")]
-    bare = ["--annotations", "bare.json", "--features", "feats"]
-    untimed = [*QUICK, "data.annotations=bare.json"]
-    return {
-        "annotations": kind_of(
-            [TRUTH],
-            m.mutate_json,
-            references.annotations,
-            check_data=(1, check, "--annotations", TRUTH, "--features", "feats"),
-            lofi_tal=(1, start, *QUICK),
-            evaluate=(1, score, "--ar"),
-            plain_prepare=(0.3, prepare, "--annotations", TRUTH),
-            plain_clips=(0.3, read_clips, TRUTH),
-            plot=(0.1, draw, "timeline", "run", "--gt", TRUTH),
-        ),
-        "result": kind_of(
-            ["run/result.json"],
-            m.mutate_json,
-            references.result,
-            evaluate=(1, score),
-            evaluate_ar=(1, score, "--ar"),
-            plot=(0.3, draw, "timeline", "run"),
-        ),
-        "localized": kind_of(
-            ["run/localized/result.json"],
-            m.mutate_json,
-            localize=(1, find, f"data/frames/{VIDEO}.zip"),
-            plot=(0.5, draw, "timeline", "run/localized"),
-        ),
-        "scores": kind_of(
-            ["scores.json"],
-            m.mutate_json,
-            references.scores,
-            lofi_tal=(1, start, *QUICK, "detect.class_scores=scores.json"),
-        ),
-        "cuhk": kind_of(
-            ["cuhk.json"],
-            m.mutate_json,
-            references.scores,
-            lofi_tal=(1, start, *QUICK, "detect.class_scores=cuhk.json"),
-        ),
-        "durations": kind_of(
-            ["durations.json"],
-            m.mutate_json,
-            references.durations,
-            check_data=(1, check, *bare, "--durations", "durations.json"),
-            lofi_tal=(1, start, *untimed, "data.durations=durations.json"),
-        ),
-        "info": kind_of(
-            ["feats/features.json"],
-            m.mutate_json,
-            references.info,
-            check_data=(1, check, *bare),
-            lofi_tal=(1, start, *untimed),
-        ),
+    kinds = {
         "config": kind_of(
             ["tiny.json"],
             m.mutate_yaml,
@@ -295,9 +334,7 @@ def list_kinds():
             lofi_tal=(1, by_words, start_if_small),
             check_data=(0.3, by_words, check),
         ),
-        "npy": features_kind(
-            ["feats/toy_00000.npy", f"feats/{VIDEO}.npy"], m.mutate_array, "feats", references.array
-        ),
+        "npy": features_kind(feats, m.mutate_array, "feats", references.array),
         "hdf5": features_kind(["feats.h5"], m.mutate_hdf5, "feats.h5", references.hdf5),
         "zip": zip_kind("data/frames"),
         "prepared": zip_kind("prepared"),
@@ -307,38 +344,12 @@ def list_kinds():
             localize=(1, find, f"folders/{VIDEO}"),
             plain_prepare=(1, prepare),
         ),
-        "weights": kind_of(
-            encoders,
-            m.mutate_weights,
-            references.weights,
-            localize=(1, find, f"data/frames/{VIDEO}.zip"),
-            plain_start=(0.2, start, *FROM_ENCODER),
-            plain_finished=(0.2, start, *WHOLE),
-        ),
-        "resume": kind_of(
-            ["half/head/checkpoint.pt"], m.mutate_weights, lofi_tal=(1, start, *HALF)
-        ),
-        "run": kind_of(
-            ours,
-            m.mutate_json,
-            lofi_tal=(1, start, *WHOLE),
-            localize=(0.3, find, f"data/frames/{VIDEO}.zip"),
-            compare_runs=(1, compare_runs.main, ["run", "own.json", "--json=c.json"]),
-            plot=(0.1, draw, "map", "run", "own.json", "--out=map.png"),
-            probe_sola=(0.2, probe_sola.main, ["run"]),
-        ),
-        "seconds": kind_of(
-            ["run/features/seconds.json"], m.mutate_json, lofi_tal=(1, features_again)
-        ),
-        "losses": kind_of(losses, m.mutate_lines, plot=(1, draw, "losses", "run")),
-        "similarity": kind_of(
-            ["run/sola/similarity.npz"], m.mutate_archive, plot=(1, draw, "similarity", "run")
-        ),
         "csv": kind_of(
             ["clips.csv"],
             m.mutate_csv,
             references.csv,
             clips=(1, read_clips, "clips.csv"),
-            lofi_tal=(0.1, start, "stages=[pretrain]", "pretrain.acp.source=clips.csv", "out=new"),
+            lofi_tal=(0.1, start, *acp),
         ),
     }
+    return json_kinds() | kinds | run_kinds()

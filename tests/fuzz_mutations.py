@@ -249,7 +249,7 @@ def mutate_zip(rng, content, path=None):
             archive.writestr(zipfile.ZipInfo(name), member, method)
     changed = file.getvalue()
     if kind == "lock":  # the bit of an encrypted member, in both its headers
-        header = re.compile(rb"(PK\3\4..|PK\1\2....)\0", re.DOTALL)
+        header = re.compile(rb"(PK\x03\x04..|PK\x01\x02....)\x00", re.DOTALL)
         changed = header.sub(lambda found: found[1] + b"\1", changed)
     return changed, f"{kind}: {words if kind == 'json' else i}"
 

@@ -70,7 +70,9 @@ def scores(content):
         if isinstance(names, dict):
             expect(sorted(names.values()) == [*range(len(names))], "columns")
         else:
-            expect(isinstance(names, list) and all(isinstance(n, str) for n in names), "names")
+            expect(
+                isinstance(names, list) and all(isinstance(n, (str, int)) for n in names), "names"
+            )
         for row in table["results"].values():
             expect(len(row) == len(names) and isinstance(row, list), "row")
             expect(all(0 <= float(x) < math.inf for x in row), "scores")
@@ -142,17 +144,25 @@ def weights(content):
     expect(all(x.isfinite().all() for x in state["model"].values()), "finite")
 
 
+def seconds_of(text):
+    """Return the seconds of 12.5 or 1:02:03.5."""
+    return math.fsum(60**i * float(x) for i, x in enumerate(text.split(":")[::-1]))
+
+
 def csv(content):
-    rows = list(
-        csv_module.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-    )
-    header = rows[0]
-    known = {"path", "label", "start", "end", "split"}
-    expect(len(set(header)) == len(header) and {"path", "label"} <= set(header) <= known, header)
-    for row in filter(None, rows[1:]):
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    mark = next((mark for mark in "\t;" if mark in text.partition("\n")[0]), ",")
+    lines = csv_module.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    header, *rows = ([cell.strip() for cell in cells] for cells in lines if any(cells))
+    header = [name.lower() for name in header]
+    expect({"path", "label"} <= set(header) <= {"path", "label", "start", "end", "split"}, header)
+    for row in rows:
         expect(len(row) <= len(header), "cells")
         cells = dict(zip(header, row, strict=False))
         expect(cells["path"] and cells["label"], "path, label")
         expect(cells.get("split") in (None, "", "train", "val"), "split")
-        begin, end = float(cells.get("start") or 0), float(cells.get("end") or math.inf)
+        begin, end = (seconds_of(cells.get(k) or other) for k, other in TIMES)
         expect(0 <= begin < end, "times")
+
+
+TIMES = (("start", "0"), ("end", "inf"))
