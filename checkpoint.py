@@ -27,7 +27,7 @@ from tqdm import tqdm
 from media import InputError
 
 # What a file with other contents than expected may raise.
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
 class RunFolder:
@@ -101,11 +101,11 @@ def save_json(obj, path):
 
 
 def load_json(path):
-    """Read a JSON file; InputError if it is missing or not valid."""
+    """Read a JSON object; InputError if it is missing or not valid."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+            return {**json.load(file)}
+    except (OSError, *DAMAGE) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
@@ -190,8 +190,8 @@ class Stopwatch:
 
     def __init__(self, path, write=True):
         self.path, self.write = path, write
-        earlier = load_json(path)["seconds"] if os.path.exists(path) else 0.0
-        self.started = time.monotonic() - earlier
+        earlier = load_json(path).get("seconds") if os.path.exists(path) else None
+        self.started = time.monotonic() - (earlier if isinstance(earlier, float) else 0.0)
 
     def save(self):
         """Return the seconds so far, and note them on the process that should."""
@@ -228,13 +228,14 @@ class Progress:
             return
         before, now = saved.get("trained_on"), metadata["trained_on"]
         if before != now:
-            words = f"{self.path} was trained on other data: {before}, now {now}"
+            words = f"{self.path} was trained on other data: {before!s:.200}, now {now}"
             raise InputError(f"{words}.\nRestore those data, or remove {self.folder} to train anew")
         try:
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(self.optimizer, saved["optimizer"])
             self.epoch, self.step = int(saved["epoch"]), int(saved["step"])
-            self.sums, self.history = dict(saved["sums"]), list(saved["history"])
+            self.sums = {term: float(total) for term, total in saved["sums"].items()}
+            self.history = [*json.loads(json.dumps(saved["history"]))]
             self.started -= saved["seconds"]
         except DAMAGE as error:
             words = f"{self.path} is not a checkpoint of this training ({str(error)[:200]})"
@@ -324,6 +325,18 @@ def build_optimizer(model, options):
     keys = ["lr", "weight_decay"] + ["momentum"] * (options["optimizer"] == "sgd")
     parameters = [p for p in model.parameters() if p.requires_grad]
     return OPTIMIZERS[options["optimizer"]](parameters, **{key: options[key] for key in keys})
+
+
+def load_optimizer(optimizer, saved):
+    """Restore what an optimizer learnt, not its options; ValueError if it was another's."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    optimizer.param_groups[0]["lr"] = float(saved["param_groups"][0]["lr"])  # of the last step
+    first = next(iter(optimizer.state.values()), {})
+    for p, slots in optimizer.state.items():
+        dense = [x.is_floating_point() and not x.is_sparse for x in slots.values() if x is not None]
+        shapes = {x.shape for x in slots.values() if x is not None}
+        if slots.keys() != first.keys() or shapes - {p.shape, ()} or not all(dense):
+            raise ValueError("its optimizer has another state")
 
 
 def learning_rate(options, epoch):

@@ -78,10 +78,12 @@ def one_line_errors(program):
     # Closed, as by `>&-`; what is opened here takes that place for good.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any letters
     try:
         yield
     except INPUT_ERRORS as error:
-        sys.exit(f"{program}: {error}")
+        sys.exit(f"{program}: {error!s:.3000}")
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -123,7 +125,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, "-+012345678
 def _parse_yaml(text, source, most=10_000):
     try:
         content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, *data.MALFORMED) as error:  # `!!bool x` is a KeyError
         raise InputError(f"{source} is not valid YAML: {str(error)[:500]}") from None
     # A few lines with anchors may stand for billions of values.
     open_nodes, count = [content], 0
@@ -152,12 +154,18 @@ _KINDS = {
     dict: "a block of keys",
     bool: "true or false",
     (int, float): "a number",
-    list: "a list, as in [S, T, ST]",
     str: "text, in quotes",
+    type(None): "null",
 }
 
 
+# Other keys whose default is null are text.
+NULL_OR_NUMBER = {"video.rate", "lofi.chunk_snippets", "lofi.cycle_length", "gtad.durations"}
+
+
 def _kind(value):
+    if isinstance(value, list):
+        return f"a list, each {', '.join(sorted({str(_kind(x)) for x in value}))}"
     return next((words for types, words in _KINDS.items() if isinstance(value, types)), None)
 
 
@@ -165,18 +173,18 @@ def merge(base, changes, where="", kinds=None):
     """Return a new Config: `base` with `changes` in it; InputError for a key that base lacks, or a
     value of another kind than in `kinds` (default: base), whose null may be all but a block."""
     kinds = base if kinds is None else kinds
-    merged = Config()
-    for key, value in base.items():
-        merged[key] = merge(value, {}) if isinstance(value, dict) else value
+    merged = Config({k: merge(v, {}) if isinstance(v, dict) else v for k, v in base.items()})
     for key, value in changes.items():
         if key not in base:
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise InputError(f"unknown config key {where}{key}; did you mean {where}{near}?")
-        default, expected = kinds[key], _kind(kinds[key]) or "one value"
-        fits = _kind(value) == expected or (value is None and isinstance(default, str))
-        if not fits and (default is not None or isinstance(value, dict)):
-            given = str(value)[:80]
-            raise InputError(f"config key {where}{key} is {given!r}, expected {expected}")
+        default, name = kinds[key], f"{where}{key}"
+        possible = [0 if name in NULL_OR_NUMBER else "" if default is None else default]
+        possible += [None] if isinstance(possible[0], str) or default is None else []
+        possible += [[], [""]] if name == "data.features" else [[]] * isinstance(default, list)
+        if _kind(value) not in map(_kind, possible):
+            given, expected = str(value)[:80], _kind(possible[0])
+            raise InputError(f"config key {name} is {given!r}, expected {expected}")
         if isinstance(value, dict):
             value = merge(base[key], value, f"{where}{key}.", default)
         elif isinstance(default, int) and isinstance(value, float) and value.is_integer():
@@ -193,8 +201,8 @@ def load_config(path, overrides=()):
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise InputError(f"--set {override}: expected key.sub=value")
-        change = _parse_yaml(text, f"--set {override}")
+            raise InputError(f"--set {override:.80}: expected key.sub=value")
+        change = _parse_yaml(text, f"--set {override:.80}")
         # A folder called 5 or 2024-01-15 is text, in which YAML reads a number or a date.
         if isinstance(defaults.get(key), str) and change is not None:
             change = text
@@ -221,7 +229,7 @@ def saved_config(folder):
         raise InputError(f"no {path}: name the folder of a run, such as runs/toy-0/lofi")
     try:
         return merge(_read_yaml(DEFAULT), load_json(path))
-    except (InputError, AttributeError) as error:
+    except InputError as error:
         raise InputError(f"{path} is not the config of a run: {error}") from None
 
 
@@ -265,7 +273,6 @@ CHOICES = {
 # Other numbers are above 0 unless their default is 0, and whole if their default is.
 MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers"}
 MAY_BE_ZERO |= {"context_bins", "checkpoint_sec", "confidence_power", "dropout", "layers"}
-NULL_OR_COUNT = ("chunk_snippets", "cycle_length", "durations")
 
 
 def check(cfg, files=True):
@@ -301,7 +308,7 @@ def _rules_of_one(values):
         if name in CHOICES:
             yield key, value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
         elif _kind(value) == "a number":
-            whole = isinstance(defaults[key], int) or name in NULL_OR_COUNT
+            whole = isinstance(defaults[key], int) or key in NULL_OR_NUMBER - {"video.rate"}
             zero = defaults[key] == 0 or name in MAY_BE_ZERO
             holds = 0 <= value < math.inf and (zero or value != 0)
             expected = f"a {'whole ' * whole}number {'of at least 0' if zero else 'above 0'}"
@@ -333,7 +340,7 @@ def _rules(cfg, pending):
     inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
     words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
-    possible = [_kind(t) == "a number" and 0 < t <= 1 for t in cfg.detect.tiou_thresholds]
+    possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     blocks = {stage: cfg[stage] for stage in ("lofi", "sola", "head") if stage in pending}
@@ -569,7 +576,8 @@ def check_inputs(cfg, run, pending, log):
         was, now = load_json(noted), stage_inputs(cfg, run, stage)
         for key in was.keys() | now.keys():
             old, new = was.get(key), now.get(key)
-            if key == "features" and old != new and {**old, "times": 0} == {**new, "times": 0}:
+            alike = {type(old), type(new)} == {dict} and old | {"times": 0} == new | {"times": 0}
+            if alike and old != new:
                 log(f"stage {stage}: its features have other times than before, the same content")
             elif old != new:
                 raise InputError(f"stage {stage} is out of date: its {key} changed; {remedy}")

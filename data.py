@@ -14,6 +14,7 @@ Legend: B videos, C channels, L snippets, T frames a snippet, N segments, F fram
 """
 
 import atexit
+import contextlib
 import copy
 import csv
 import io
@@ -71,16 +72,16 @@ class Video:
         return torch.from_numpy(clipped[usable]), tuple(compress(self.labels, usable))
 
 
-MAX_BYTES = 2**36  # of the features of one video
+MAX_RATIO = 2000  # of features' bytes to their file's, which may declare any; gzip reaches 1000
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _read_json(path, expected, parse):
     try:
-        with open(path, "rb") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return parse(json.load(file, object_pairs_hook=unique_keys))
     except (OSError, *MALFORMED) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error!s:.300}"
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
 
 
@@ -604,14 +605,16 @@ class VideoDataset:
 # ---------------------------------------------------------------------------------------- features
 
 
+@contextlib.contextmanager
 def _open_hdf5(path):
     try:
         import h5py
 
-        return h5py.File(path, "r", locking=False)
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
     except ImportError:
         raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"{path} is not a valid HDF5 file ({error})") from None
 
 
@@ -645,13 +648,11 @@ def _read_hdf5(path, values):
     with _open_hdf5(file_path) as file:
         node = file[path[len(file_path) + 1 :] or "/"]
         for _ in range(8):  # a group may hold itself
-            if not hasattr(node, "keys"):
-                break
-            if len(node) != 1:
+            if hasattr(node, "keys") and len(node) != 1:
                 raise ValueError(f"{len(node)} entries instead of one array")
-            node = node[next(iter(node))]
-        if node.size * node.dtype.itemsize > MAX_BYTES:
-            raise ValueError(f"an array of shape {node.shape}")
+            node = node[next(iter(node))] if hasattr(node, "keys") else node
+        if not node.is_virtual and node.nbytes > MAX_RATIO * node.id.get_storage_size():
+            raise ValueError(f"an array of shape {node.shape} with little in it")
         return node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
 
 
@@ -667,7 +668,7 @@ def read_features(path, values=True):
             features = _read_hdf5(path, values)
         if not isinstance(features, np.ndarray):
             raise ValueError(f"a {type(features).__name__} instead of one array")
-    except (OSError, EOFError, RuntimeError, MemoryError, *MALFORMED) as error:
+    except Exception as error:  # a damaged file makes numpy raise almost anything
         reason = f"({error}): expected an .npy or HDF5 array (L, C)"
         raise InputError(f"{path} cannot be read {reason}") from None
     if features.ndim != 2 or not len(features) or not np.issubdtype(features.dtype, np.floating):

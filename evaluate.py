@@ -133,9 +133,10 @@ def load_class_scores(
     if not ground_truth and isinstance(data.get("results"), dict) and "class" in data:
         labels, table = data["class"], data["results"]
         # A map gives each class its column.
-        if isinstance(labels, dict) and sorted(labels.values()) == [*range(len(labels))]:
-            labels = sorted(labels, key=labels.get)
-        if not isinstance(labels, list):
+        columns = [*map(str, range(len(labels)))] if isinstance(labels, dict) else None
+        if columns and {*map(str, labels.values())} == {*columns}:
+            labels = sorted(labels, key=lambda label: int(labels[label]))
+        if not isinstance(labels, list) or not all(isinstance(x, (str, int)) for x in labels):
             raise InputError(f'{name}: "class" must be a list of names, got {labels!s:.80}')
     else:
         if ground_truth:
@@ -221,6 +222,18 @@ def _checked(name, x, shape, valid=...):
         count = f"{bad.sum()} of {bad.size} numbers in {name} are NaN or infinite"
         raise InputError(f"{count}; check the head and the video classifier that made them")
     return x
+
+
+def load_results(path: str | os.PathLike) -> tuple[dict[str, list[dict]], dict]:
+    """Read what `save_results` wrote, results and external data; InputError for anything else."""
+    data, name = _load(path, "results")
+    _read_entries(data.get("results"), name, ("label", "segment", "score"), [])
+    external = data.get("external_data") or {}
+    with suppress(AttributeError, KeyError, TypeError):
+        known = external.get("videos", {}).values()
+        if all(os.fspath(video["path"]) and 0 < video["duration"] < np.inf for video in known):
+            return data["results"], external
+    raise InputError(f"{name}: external_data is not what localize.py writes: {external!s:.80}")
 
 
 def save_results(results: Mapping[str, list[dict]], path: str | os.PathLike, **external) -> None:
@@ -401,7 +414,7 @@ def _load(source, what):
             hint = "" if name.endswith(".json") else "; tools.check_data --json makes it of a table"
             raise InputError(f"{name} cannot be read as JSON: {error}{hint}") from None
     if not isinstance(source, dict):
-        raise InputError(f"{name}: expected a JSON object, got {type(source).__name__}")
+        raise InputError(f"{name}: expected {what} as a JSON object, got {type(source).__name__}")
     return source, name
 
 
@@ -645,7 +658,7 @@ def evaluate(
         raise InputError(f"tIoU thresholds must be in (0, 1], got {thresholds.tolist()}")
     data, name = _load(gt, "ground truth")
     truth = _read_ground_truth(data, name, subset, notes)
-    data, name = _load(pred, "result")
+    data, name = _load(pred, "results")
     if "results" not in data:
         raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
     predicted = _read_predictions(data["results"], name, truth, subset, ar, notes)

@@ -35,7 +35,7 @@ import config
 import data
 import evaluate
 import media
-from checkpoint import RunFolder, load_json, peak_memory_gb
+from checkpoint import RunFolder, peak_memory_gb
 from localizer import Distributed, Localizer, build_encoder, extract_features, predict
 from media import InputError
 from sola import SoLa
@@ -178,12 +178,11 @@ def previous_results(path, run):
     """Return the results and videos of a result file of this run; InputError if it is another's."""
     if not os.path.exists(path):
         return {}, {}
-    result = load_json(path)
-    external = result.get("external_data", {}) if isinstance(result, dict) else {}
+    results, external = evaluate.load_results(path)
     if external.get("run") != os.path.abspath(run):
         maker = external.get("run", "something else")
         raise InputError(f"{path} already exists, made by {maker}; name another folder with --out")
-    return result["results"], external["videos"]
+    return results, external.get("videos", {})
 
 
 def draw_pictures(folder, names, gt):

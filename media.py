@@ -207,15 +207,15 @@ class JpegFrames:
     def _decode(self, number, short_side):
         try:
             jpeg = self._jpeg(number, short_side)
-            if torch.is_tensor(jpeg) and num_pixels(jpeg) > MAX_PIXELS:
+            if num_pixels(jpeg) > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS} pixels")
             return decode_jpeg(jpeg)
         except DAMAGE as error:
-            name = os.path.basename(self.files[number])
-            raise InputError(f"{self.path}: {name} is not a valid JPEG image ({error})") from None
+            words = f"{os.path.basename(self.files[number])} is not a valid JPEG image"
+            raise InputError(f"{self.path}: {words} ({_reason(error)})") from None
 
     def _jpeg(self, number, short_side):
-        return self.files[number]
+        return torch.from_numpy(np.fromfile(self.files[number], np.uint8))
 
 
 def open_folder(path):

@@ -217,6 +217,32 @@ def test_a_foreign_checkpoint_is_named(change, tmp_path):
         train(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "slot",
+    [torch.zeros(2), [0.0], torch.zeros(1).to_sparse(), "lost"],
+)
+def test_the_state_of_another_optimizer_is_named(slot, tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(1, 2): terminate})
+    path = f"{tmp_path}/test/checkpoint.pt"
+    saved = checkpoint.load_checkpoint(path)
+    slots = saved["optimizer"]["state"][1]  # of the bias, (1,)
+    assert slots.pop("momentum_buffer").shape == (1,)
+    slots |= {} if isinstance(slot, str) else {"momentum_buffer": slot}
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="not a checkpoint of this training"):
+        train(tmp_path)
+
+
+def test_json_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"list\.json cannot be read as JSON"):
+        checkpoint.load_json(f"{tmp_path}/list.json")
+    for text in ('{"seconds": [1]}', "{}", '{"seconds": "5"}'):
+        (tmp_path / "seconds.json").write_text(text)
+        assert 0 <= checkpoint.Stopwatch(f"{tmp_path}/seconds.json").save() < 60
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     def write(file):
         torch.save({"x": torch.zeros(10**6)}, Full(file))

@@ -145,3 +145,21 @@ def test_a_terminal_without_the_plus_minus_sign(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0
     assert "5.00 ? 7.07" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mAP": {}},
+        {"mAP": {"x": 0.5}},
+        {"mAP": {"0.5": "high"}},
+        {"average_mAP": [0.5]},
+        {"seconds": "long"},
+        {"seed": [1]},
+        {"ground_truth_videos": {"a": 1}},
+    ],
+)
+def test_metrics_of_other_kinds_are_refused(tmp_path, change):
+    file = write(tmp_path / "metrics.json", 0.5, **change)
+    with pytest.raises(InputError, match='no "mAP" and "average_mAP"'):
+        compare_runs.compare([file])

@@ -68,7 +68,7 @@ def test_an_override_has_the_kind_of_its_default():
         ("sede=1", "did you mean seed"),
         ("lofi=1", "expected a block of keys"),
         ("lofi.lr.x=1", "expected a number"),
-        ("data.features.x=1", "expected one value"),
+        ("data.features.x=1", "expected text"),
         ("lofi.lr", "expected key.sub=value"),
         ("lofi.fidelities=ST", "expected a list"),
         ("stages=null", "expected a list"),
@@ -82,6 +82,43 @@ def test_an_override_has_the_kind_of_its_default():
 def test_wrong_overrides(override, message):
     with pytest.raises(InputError, match=message):
         toy(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gtad.durations=[8]", r"gtad.durations is '\[8\]', expected a number"),
+        ("video.rate=fast", "video.rate is 'fast', expected a number"),
+        ("data.features=5", "data.features is '5', expected text"),
+        ("data.features=[a, 5]", "data.features .* expected text"),
+        ("data.durations=2024-01-15", "data.durations .* expected text"),
+        ("stages=[[head]]", "stages .* expected a list, each text"),
+        ("gtad.map_hidden=[8, a]", "gtad.map_hidden .* expected a list, each a number"),
+        ("seed=!!bool x", "not valid YAML"),
+        ("seed=!!timestamp x", "not valid YAML"),
+    ],
+)
+def test_values_of_another_kind_where_the_default_is_null_or_a_list(override, message):
+    with pytest.raises(InputError, match=message):
+        toy(override)
+
+
+def test_null_a_path_or_paths_are_possible_where_the_default_is_null():
+    assert toy("data.features=[a, b]").data.features == ["a", "b"]
+    assert toy("data.features=a", "gtad.durations=8").gtad.durations == 8
+    assert toy("data.durations=null", "gtad.durations=null").gtad.durations is None
+
+
+def test_letters_that_a_terminal_cannot_show_are_no_reason_to_fail():
+    code = "import config\nwith config.one_line_errors('x'):\n    print(chr(0xd800))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\ud800\n", "")
+
+
+def test_an_error_is_shortened():
+    with pytest.raises(SystemExit) as stopped, config.one_line_errors("x"):
+        raise InputError("y" * 10**5)
+    assert len(stopped.value.code) < 3100
 
 
 def test_wrong_files(tmp_path):

@@ -782,6 +782,45 @@ def test_odd_feature_files_are_named(tmp_path, monkeypatch):
         data.find_features(str(tmp_path / "two.h5"), ["a"])
 
 
+def test_feature_files_that_declare_more_than_they_hold_are_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for name, shape, chunks in (("huge", (10**6, 10**4), (8, 8)), ("zip", (2**14, 64), (512, 64))):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            options = {"chunks": chunks, "compression": "gzip"}
+            stored = file.create_dataset("v", shape, "f4", **options)
+            if name == "zip":
+                stored[:] = 1  # which gzip makes about 500 times smaller
+    with pytest.raises(InputError, match="with little in it"):
+        data.read_features(f"{tmp_path}/huge.h5")
+    assert (data.read_features(f"{tmp_path}/zip.h5") == 1).all()
+    np.save(tmp_path / "odd.npy", np.ones((5, 2), np.float32))
+    content = (tmp_path / "odd.npy").read_bytes()
+    (tmp_path / "odd.npy").write_bytes(content.replace(b"(5, 2)", b"((5, 2"))
+    with pytest.raises(InputError, match=r"odd\.npy cannot be read"):
+        data.read_features(f"{tmp_path}/odd.npy")
+
+
+def test_links_of_a_damaged_hdf5_file_are_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["v"] = np.ones((3, 2), np.float32)
+    content = (tmp_path / "x.h5").read_bytes()
+    (tmp_path / "x.h5").write_bytes(content.replace(b"HEAP", b"HEAD"))
+    with pytest.raises(InputError, match=r"x\.h5 is not a valid HDF5 file"):
+        data.find_features(f"{tmp_path}/x.h5", ["v"])
+
+
+def test_a_message_is_short_and_both_readers_refuse_the_same_encodings(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"v": "x" * 10**5}))
+    with pytest.raises(InputError, match="could not convert") as error:
+        data.fill_durations([make_video("v", math.nan)], str(path))
+    assert len(str(error.value)) < 1000
+    path.write_text(json.dumps({"database": {}}), encoding="utf-16")
+    with pytest.raises(InputError, match=r"d\.json is not valid"):
+        data.load_annotations(str(path))
+
+
 def test_subsequences_follow_seed_epoch_and_index_alone(tmp_path):
     lengths = {"a": 23, "b": 30, "c": 47, "d": 22, "e": 25}
     rng = np.random.default_rng(0)

@@ -898,3 +898,25 @@ def test_module_stands_alone(tmp_path, files):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert run.returncode == 0
     assert "class labels from: ?" in run.stdout
+
+
+def test_results_are_read_as_they_are_scored(tmp_path):
+    path = tmp_path / "r.json"
+    results = {"v": [{"label": "a", "score": 0.5, "segment": [0, 1]}]}
+    ev.save_results(results, path, videos={"v": {"path": "v.mp4", "duration": 2.0}})
+    assert ev.load_results(path) == (results, {"videos": {"v": {"path": "v.mp4", "duration": 2.0}}})
+    path.write_text(json.dumps({"results": results}))
+    assert ev.load_results(path) == (results, {})
+    path.write_text(json.dumps({"results": {"v": [{"label": "a", "score": 0.5, "segment": [0]}]}}))
+    with pytest.raises(ev.InputError, match="segment must be 2 finite numbers"):
+        ev.load_results(path)
+    for external in ([1], {"videos": 5}, {"videos": {"v": 1}}, {"videos": {"v": {"path": "x"}}}):
+        path.write_text(json.dumps({"results": results, "external_data": external}))
+        with pytest.raises(ev.InputError, match="external_data is not what localize"):
+            ev.load_results(path)
+
+
+@pytest.mark.parametrize("names", [["a", None], ["a", ["b"]], {"a": 0, "b": "x"}, 5])
+def test_class_names_of_other_kinds_are_refused(names):
+    with pytest.raises(ev.InputError, match='"class" must be a list of names'):
+        ev.load_class_scores({"results": {"v": [0.1, 0.2]}, "class": names}, ["v"])

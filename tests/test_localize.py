@@ -422,3 +422,11 @@ def test_table():
     words = ("class", "jump", "a b")
     assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
     assert localize.table([]) == "  no detections"
+
+
+def test_a_damaged_result_is_named(runs, toys, tmp_path):
+    options = ["--run", runs["plain"], "--out", tmp_path, "--no-picture", frames_of(toys, 4)]
+    ours = {"run": os.path.abspath(runs["plain"]), "videos": 5}
+    for content in ([], {}, {"results": {}, "external_data": ours}, {"results": 5}):
+        (tmp_path / "result.json").write_text(json.dumps(content))
+        assert "result.json" in start(*options)

@@ -338,6 +338,14 @@ def test_frames_of_different_sizes_are_refused(tmp_path):
         media.open_media(f"{tmp_path}/v.zip").read([0, 1])
 
 
+def test_an_image_that_declares_too_many_pixels_is_refused_before_decoding(tmp_path):
+    content = jpeg(90)
+    at = content.index(b"\xff\xc0") + 5
+    (tmp_path / "a.jpg").write_bytes(content[:at] + b"\xea\x60" * 2 + content[at + 4 :])
+    with pytest.raises(InputError, match=r"a.jpg is not a valid JPEG image \(more than \d+ pixels"):
+        media.open_media(f"{tmp_path}/a.jpg").read([0])
+
+
 # ------------------------------------------------------------------------------ folders and images
 
 

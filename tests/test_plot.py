@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import Process
 
+from config import INPUT_ERRORS
 from media import InputError
 from tools import plot
 
@@ -490,11 +491,49 @@ def test_what_cannot_be_drawn_is_explained(run, tmp_path, words, message):
 def test_files_of_the_wrong_kind(run):
     path = Path(run, "result.json")
     path.write_text(json.dumps({"results": {"v": [{"score": 1, "segment": [0, 1]}]}}))
-    with pytest.raises(InputError, match="no label"):
+    with pytest.raises(INPUT_ERRORS, match="no label"):
         plot.timelines(run)
     path.write_text("[]")
-    with pytest.raises(InputError, match="results"):
+    with pytest.raises(INPUT_ERRORS, match="results"):
         plot.timelines(run)
     Path(run, "head/metrics.jsonl").write_text('{"epoch": 1, "lo')
     with pytest.raises(InputError, match="JSON object on each line"):
         plot.read_metrics(run)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"loss": 1}',
+        '{"epoch": [1]}',
+        '{"epoch": 1, "loss": "nan"}',
+        '{"epoch": 1, "fidelity": ["S"]}',
+        '{"epoch": 1e300, "loss": 1}',
+        "5",
+        "[" * 99999,
+    ],
+)
+def test_losses_of_other_kinds_are_refused(run, record):
+    Path(run, "head/metrics.jsonl").write_text(record)
+    with pytest.raises(InputError, match="JSON object on each line, of numbers"):
+        plot.read_metrics(run)
+
+
+def test_damaged_similarity_maps_are_refused(run):
+    path = Path(run, "sola/similarity.npz")
+    whole = path.read_bytes()
+    short = {"names": np.array(["v0", "v1"]), "raw": np.zeros((1, 4, 4)), "sola": np.zeros((1, 4))}
+    for content in (b"", whole[:-50], whole[:100] + bytes(50) + whole[150:], None):
+        if content is None:
+            np.savez(path, **short)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=r"similarity\.npz cannot be read"):
+            plot.similarity(run)
+
+
+def test_numbers_as_text_and_letters_of_no_font_are_drawn(run):
+    entry = {"label": "jump \ud800", "score": "0.5", "segment": ["1.5", 2]}
+    result = {"results": {"v0": [entry]}, "external_data": {"class_source": "x" * 10**5}}
+    Path(run, "result.json").write_text(json.dumps(result))
+    plot.timelines(run, log=lambda line: None)

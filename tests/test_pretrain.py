@@ -452,3 +452,9 @@ def test_features_of_two_encoders_stand_side_by_side(toy_data, tmp_path):
     # Both encoders are paid for.
     costs = [read_json(folder / "features.json")["seconds"] for folder in features]
     assert metrics["seconds"] > sum(costs)
+
+
+def test_a_quote_that_never_ends_is_named(tmp_path):
+    (tmp_path / "clips.csv").write_text('path,label\na.mp4,"run\nb.mp4,jump\n')
+    with pytest.raises(InputError, match=r"clips\.csv.*unexpected end of data"):
+        pretrain.csv_clips(f"{tmp_path}/clips.csv")

@@ -7,6 +7,7 @@ file that `python evaluate.py --json` wrote.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from media import InputError
 
 # The first cell of the table, by which a later start knows its own file.
 TITLE = "mAP (%)"
+SHARED = ("evaluated_videos", "ground_truth_videos", "subset", "class_source")
 
 
 def compare(runs):
@@ -50,16 +52,24 @@ def _read_run(run):
     files = []
     for path in [paths] if os.path.exists(paths) else paths.split(","):
         files += _metrics_files(path)
-    metrics = [load_json(file) for file in files]
-    for file, m in zip(files, metrics, strict=True):
-        if not isinstance(m, dict) or not isinstance(m.get("mAP"), dict) or "average_mAP" not in m:
-            raise InputError(f'{file}: no "mAP" and "average_mAP", which evaluate.py writes')
+    metrics = [_read_metrics(file) for file in files]
     seeds = [m.get("seed") for m in metrics]
     if len(set(seeds)) < len(seeds):
         problem = f"its {len(seeds)} runs have seeds {seeds}, so they are not the seeds of one row"
         remedy = "name each run by itself, or one row's as NAME=RUN,RUN"
         raise InputError(f"{paths}: {problem}; {remedy}")
     return name or os.path.basename(os.path.abspath(paths)), metrics
+
+
+def _read_metrics(file):
+    m = load_json(file)
+    with contextlib.suppress(AttributeError):
+        numbers = [m.get("average_mAP"), m.get("seconds") or 0.0, *m.get("mAP").values()]
+        thresholds = all(t.replace(".", "", 1).isdecimal() for t in m["mAP"] or [""])
+        shown = {type(m.get(key)) for key in ("seed", *SHARED)}
+        if thresholds and {*map(type, numbers)} == {float} and not shown & {list, dict}:
+            return m
+    raise InputError(f'{file}: no "mAP" and "average_mAP"; expected what evaluate.py writes')
 
 
 def _metrics_files(path):
@@ -98,7 +108,7 @@ def _row(name, metrics, columns):
     shared = [t for t in metrics[0]["mAP"] if all(t in m["mAP"] for m in metrics)]
     row["mAP"] = {t: float(np.mean([m["mAP"][t] for m in metrics])) for t in shared}
     row["std"] = std if len(metrics) > 1 else None
-    for key in ("evaluated_videos", "ground_truth_videos", "subset", "class_source"):
+    for key in SHARED:
         different = list(dict.fromkeys(m.get(key, "unknown") for m in metrics))
         row[key] = different[0] if len(different) == 1 else ", ".join(map(str, different))
     return row

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import RunFolder, load_json, write_atomic
+from checkpoint import DAMAGE, RunFolder, write_atomic
 from config import INPUT_ERRORS, STAGES
 from data import first_names, load_annotations
+from evaluate import load_results
 from media import InputError, find_media, open_media, spellings
 from pretrain import METHODS
 from tools.compare_runs import compare
@@ -101,6 +102,11 @@ def _text_width(text, **font):
     return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
 
 
+def _text(value):
+    """Return a value as text of at most 1000 letters, without such as no font can have."""
+    return str(value).encode(errors="replace").decode()[:1000]
+
+
 def _fit(text, width, **font):
     """Return `text`, with its middle left out if it is wider than `width` inches."""
     shortened, keep = text, len(text)
@@ -172,21 +178,21 @@ class Row:
 
 def _rows(shown, truth, duration):
     """Return the rows of a timeline: ground truth by class, then the detections (best first)."""
-    labels = dict.fromkeys(str(entry["label"]) for entry in [*shown, *truth])
+    labels = dict.fromkeys(_text(entry["label"]) for entry in [*shown, *truth])
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     rows = {}
     for entry in [*truth, *shown]:
-        label, is_truth = str(entry["label"]), "score" not in entry
+        label, is_truth = _text(entry["label"]), "score" not in entry
         lines = textwrap.wrap(label, 24, max_lines=3, placeholder=" …") or [" "]
         lines += ["ground truth"] if is_truth else []
         row = rows.setdefault((label, is_truth), Row(lines, colours[label], is_truth))
-        start, end = (min(max(time / duration, 0), 1) for time in entry["segment"])
+        start, end = (min(max(time / duration, 0), 1) for time in map(float, entry["segment"]))
         bar = Bar(start, end)
         if not is_truth:
-            score = entry["score"]
+            score = float(entry["score"])
             bar.text = f"{score:.{2 if score >= 0.01 else 3}f}" if score >= 0.001 else "<0.001"
             # Relative to the best, but nothing of a score near 0 looks sure.
-            bar.strength = 0.15 + 0.85 * score / max(shown[0]["score"], 0.1)
+            bar.strength = 0.15 + 0.85 * score / max(float(shown[0]["score"]), 0.1)
         row.bars.append(bar)
     return list(rows.values())
 
@@ -219,7 +225,7 @@ def _place(rows, inner):
 
 
 def _draw_title(figure, text, top, colour, **font):
-    text = _fit(text, WIDTH - 2 * MARGIN, **font)
+    text = _fit(_text(text), WIDTH - 2 * MARGIN, **font)
     y = 1 - top / figure.get_figheight()
     figure.text(MARGIN / WIDTH, y, text, va="top", color=colour, **font)
 
@@ -270,8 +276,8 @@ def draw_timeline(detections, *, name, duration=None, truth=(), media=None, top=
     detections, truth: [{"label", "score", "segment": [start_sec, end_sec]}], truth without scores.
     duration: seconds; None: that of `media`, else the latest end. source: who made the classes.
     """
-    shown = sorted(detections, key=lambda d: -d["score"])[:top]
-    latest_end = max((entry["segment"][1] for entry in [*truth, *detections]), default=0)
+    shown = sorted(detections, key=lambda d: -float(d["score"]))[:top]
+    latest_end = max((float(entry["segment"][1]) for entry in [*truth, *detections]), default=0)
     duration = duration or (media and media.duration) or latest_end or 1.0
 
     # The names of the rows decide the scale, the scale which bars collide, these the height.
@@ -346,9 +352,14 @@ def read_metrics(run):
         path = Path(run, stage, "metrics.jsonl")
         try:
             lines = path.read_text().splitlines() if path.is_file() else []
-            stages[stage] = [json.loads(line) for line in lines]
-        except ValueError:
-            raise InputError(f"{path}: expected a JSON object on each line") from None
+            stages[stage] = [json.loads(line, parse_int=float) for line in lines]
+            for record in stages[stage]:
+                kinds = {type(x) for key, x in record.items() if key != "fidelity"}
+                plain = "".join([*record, record.get("fidelity", "")]).isascii()
+                if kinds != {float} or not plain or not abs(record["epoch"]) < 1e9:
+                    raise ValueError
+        except DAMAGE:
+            raise InputError(f"{path}: expected a JSON object on each line, of numbers") from None
     stages = {stage: records for stage, records in stages.items() if records}
     if not stages:
         raise InputError(f"{run}: no metrics.jsonl; expected a run's folder with a finished epoch")
@@ -473,21 +484,10 @@ def _check_names(videos, available, path):
             raise InputError(f"{path}: no video {video!r}; it has {len(available)}: {some}")
 
 
-def _read_result(path):
-    """Return {video: detections} and the "external_data" of a result file."""
-    result = load_json(path)
-    results = result.get("results") if isinstance(result, dict) else None
-    if not isinstance(results, dict):
-        raise InputError(f'{path}: no "results"; expected what stage detect writes')
-    if not all({"label", "score", "segment"} <= d.keys() for d in chain(*results.values())):
-        raise InputError(f"{path}: an entry has no label, score or segment; expected detections")
-    return results, result.get("external_data") or {}
-
-
 def timelines(run, videos=None, gt=None, frames=None, top=10, out=None, log=print):
     """Draw a timeline for each of `videos` (names; None: the first ten) of RUN/result.json."""
     path = RunFolder(run).result
-    results, external = _read_result(path)
+    results, external = load_results(path)
     truth = read_truth(gt)
     if videos is None:
         videos = list(results)[:10]
@@ -524,17 +524,18 @@ def similarity(run, videos=None, gt=None):
     path = f"{run}/sola/similarity.npz"
     if not os.path.isfile(path):
         raise InputError(f"no {path}: write it with python -m tools.probe_sola {run}")
-    with np.load(path, allow_pickle=False) as file:
-        names, raw, sola = file["names"].tolist(), file["raw"], file["sola"]
-    videos = videos or names[:4]
-    _check_names(videos, names, path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = file["names"].tolist(), file["raw"].astype(float), file["sola"].astype(float)
+        maps = {str(name): pair for name, *pair in zip(*columns, strict=True)}
+    except Exception as error:  # a damaged file makes numpy raise almost anything
+        raise InputError(f"{path} cannot be read: {error!s:.200}") from None
+    videos = videos or list(maps)[:4]
+    _check_names(videos, maps, path)
     truth = read_truth(gt)
-    segments = [[]] * len(videos)
-    for v, annotated in enumerate(map(truth.get, videos)):
-        if annotated:
-            segments[v] = np.clip(annotated.segments / annotated.duration, 0, 1)
-    rows = [names.index(video) for video in videos]
-    return draw_similarity(videos, raw[rows], sola[rows], segments if gt else None)
+    segments = [np.clip(v.segments / v.duration, 0, 1) if v else [] for v in map(truth.get, videos)]
+    raw, sola = zip(*map(maps.get, videos), strict=True)
+    return draw_similarity(videos, raw, sola, segments if gt else None)
 
 
 def main(argv=None):
@@ -563,8 +564,7 @@ def main(argv=None):
         if args.picture == "map":
             figure = draw_map(compare(args.run))
         elif args.picture == "losses":
-            name = os.path.basename(os.path.abspath(args.run))
-            figure = draw_losses(read_metrics(args.run), name)
+            figure = draw_losses(read_metrics(args.run), Path(os.path.abspath(args.run)).name)
         else:
             figure = similarity(args.run, args.video, args.gt)
         out = args.out or f"{args.run}/pictures/{args.picture}.png"
