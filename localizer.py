@@ -413,7 +413,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         count = x.numel() // len(mean)
         own = torch.stack([mean, var * (1 - 1 / count) + mean.square()])
         moments = own + (self.ddp.mean(own.detach()) - own.detach())
-        moments.register_hook(self.ddp.mean)  # the losses of other processes depend on them, too
+        if moments.requires_grad:
+            moments.register_hook(self.ddp.mean)  # other processes' losses depend on them, too
         mean, square = moments
         var = square - mean.square()
         unbiased = var / (1 - 1 / (count * self.ddp.world_size))
