@@ -409,19 +409,20 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
     def forward(self, x):
         if x.is_cuda or not self.training:
             return super().forward(x)
-        var, mean = (s.double() for s in torch.var_mean(x.float(), [0, *range(2, x.ndim)]))
-        count = x.numel() // len(mean)
-        own = torch.stack([mean, var * (1 - 1 / count) + mean.square()])
+        dims = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x.float(), dims, correction=0)
+        own = torch.stack([mean.double(), var.double() + mean.double().square()])
+        # Of all processes in value, of this one in gradient.
         moments = own + (self.ddp.mean(own.detach()) - own.detach())
         if moments.requires_grad:
             moments.register_hook(self.ddp.mean)  # other processes' losses depend on them, too
         mean, square = moments
         var = square - mean.square()
-        unbiased = var / (1 - 1 / (count * self.ddp.world_size))
+        count = self.ddp.world_size * x.numel() // len(mean)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_(unbiased.float(), self.momentum)
+            self.running_var.lerp_(var.float() * count / (count - 1), self.momentum)
         scale = self.weight / (var + self.eps).sqrt()
         affine = torch.stack([scale, self.bias - mean * scale]).float()
         scale, shift = affine.view(2, -1, *[1] * (x.ndim - 2))
