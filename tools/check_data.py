@@ -29,7 +29,6 @@ from media import InputError
 from pretrain import gaps
 from tools.jobs import run_jobs
 
-MOST_SNIPPETS = 200  # of a video; for more, windows
 SPREADS = {"seconds of a segment": "seconds", "classes of a video": "classes"}
 SPREADS["% of a video that are action"] = "action"
 MARK = "# problems found by `python -m tools.check_data`"
@@ -324,12 +323,11 @@ def recommend(videos):
     classes = np.median(s["classes"][s["classes"] > 0])
     word = "segment" if classes >= 3 else "video"
     yield f"recommended: detect.classes={word}: the median video with actions has {classes:g}"
-    # Fractions of a video are not exact.
     seconds, longest = np.quantile(s["seconds"], (0.1, 0.95)).round(2).clip(0.01)
     share = np.quantile(s["share"], 0.1)
     reason = "then nine tenths of the segments cover 2 snippets"
     snippets = math.ceil(2 / share)
-    if snippets <= MOST_SNIPPETS:
+    if snippets <= 200:  # else windows
         yield f"recommended: video.snippets={max(snippets, 32)} or more: {reason}, {share:.2%} each"
     else:
         rate = math.ceil(20 / seconds) / 10
