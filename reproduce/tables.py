@@ -217,11 +217,14 @@ class Campaign:
     def check(self, records):
         """Raise InputError for a record or a run that was made otherwise than is asked for now."""
         found = {}
+        defaults = config.flatten(config.load_config(config.DEFAULT))
         rows = {(self.label, job.setting, job.row): job for job in self.jobs.values()}
         expected = {key: self.comparable(job) for key, job in rows.items() if job.row != "data"}
         for (toy, setting, _, row), record in records.items():  # of all seeds: one mean
             if (toy, setting, row) in expected:
-                old, new = record["config"], expected[toy, setting, row]
+                new = expected[toy, setting, row]
+                # Keys that are newer than the record.
+                old = {k: defaults[k] for k in new.keys() & defaults.keys()} | record["config"]
                 found[f"{self.args.results}, {row}"] = config.differences(old, new, set())
         for job in self.jobs.values():
             if job.row == "data" and job.is_done():
@@ -234,8 +237,8 @@ class Campaign:
                 found[job.run.path] = config.differences(old, new, ignore)
         for what, lines in found.items():
             if lines:
-                hint = "name another --runs and --results"
-                raise InputError("\n".join([f"{what} is another row than this one:", *lines, hint]))
+                lines = [f"{what} is another row than this one:", *lines]
+                raise InputError("\n".join([*lines, "name another --runs and --results"]))
 
     def pending(self, records):
         """Return the jobs to run: rows without a record, and what they need."""

@@ -29,7 +29,6 @@ from media import InputError
 from pretrain import gaps
 from tools.jobs import run_jobs
 
-MOST_SNIPPETS = 200  # of a video; for more, windows
 SPREADS = {"seconds of a segment": "seconds", "classes of a video": "classes"}
 SPREADS["% of a video that are action"] = "action"
 MARK = "# problems found by `python -m tools.check_data`"
@@ -329,7 +328,7 @@ def recommend(videos):
     share = np.quantile(s["share"], 0.1)
     reason = "then nine tenths of the segments cover 2 snippets"
     snippets = math.ceil(2 / share)
-    if snippets <= MOST_SNIPPETS:
+    if snippets <= 200:  # else windows
         yield f"recommended: video.snippets={max(snippets, 32)} or more: {reason}, {share:.2%} each"
     else:
         rate = math.ceil(20 / seconds) / 10

@@ -45,8 +45,7 @@ def compare(runs):
 
 def _read_run(run):
     """Return the name of a row and the metrics of its seeds."""
-    name = ""
-    paths = run
+    name, paths = "", run
     if "=" in run and not os.path.exists(run):
         name, _, paths = run.partition("=")
     files = []
