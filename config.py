@@ -179,12 +179,11 @@ def merge(base, changes, where="", kinds=None):
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise InputError(f"unknown config key {where}{key}; did you mean {where}{near}?")
         default, name = kinds[key], f"{where}{key}"
-        possible = [0 if name in NULL_OR_NUMBER else "" if default is None else default]
-        possible += [None] if isinstance(possible[0], str) or default is None else []
-        possible += [[], [""]] if name == "data.features" else [[]] * isinstance(default, list)
-        if _kind(value) not in map(_kind, possible):
-            given, expected = str(value)[:80], _kind(possible[0])
-            raise InputError(f"config key {name} is {given!r}, expected {expected}")
+        like = [0 if name in NULL_OR_NUMBER else "" if default is None else default]
+        like += [None] if isinstance(like[0], str) or default is None else []
+        like += [[], [""]] if name == "data.features" else [[]] * isinstance(default, list)
+        if _kind(value) not in map(_kind, like):
+            raise InputError(f"config key {name} is {str(value)[:80]!r}, expected {_kind(like[0])}")
         if isinstance(value, dict):
             value = merge(base[key], value, f"{where}{key}.", default)
         elif isinstance(default, int) and isinstance(value, float) and value.is_integer():

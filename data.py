@@ -411,10 +411,8 @@ def _parse_durations(content):
 @lru_cache(None)
 def _media_duration(path):
     """Return seconds, or None if the media does not tell; looked up once a process."""
-    try:
+    with contextlib.suppress(InputError):
         return media.open_media(path).duration
-    except InputError:
-        return None
 
 
 def describe_videos(videos):

@@ -20,6 +20,7 @@ A video is encoded as in stage features: L snippets, evenly spread, in an hour 3
 
 import argparse
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
@@ -66,10 +67,9 @@ def load(run, device="auto", chunk_snippets=None):
     cfg = config.saved_config(run)
     if cfg.data.features:
         raise InputError(f"{run} has no encoder: its features are from {cfg.data.features}")
-    needed = [folder.head, *([folder.sola] if "sola" in cfg.stages else [])]
-    missing = [path for path in needed if not os.path.isfile(path)]
-    if missing:
-        raise InputError(f"{run} is not finished: no {missing[0]}")
+    for path in (folder.head, *([folder.sola] if "sola" in cfg.stages else [])):
+        if not os.path.isfile(path):
+            raise InputError(f"{run} is not finished: no {path}")
     encoder = build_encoder(**cfg.encoder, weights=config.encoder_path(cfg, folder))
     localizer, _ = Localizer.load(folder.head, **config.head_options(cfg, encoder.channels))
     for module in (encoder, localizer):
@@ -167,11 +167,8 @@ def table(detections, most=10):
 def unique_name(path, taken):
     """Return the name of a file, made unlike those of other files in {name: path} `taken`."""
     stem = os.path.basename(path if os.path.isdir(path) else os.path.splitext(path)[0])
-    name, number = stem, 1
-    while taken.get(name, path) != path:
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if taken.get(name, path) == path)
 
 
 def previous_results(path, run):

@@ -522,14 +522,13 @@ def timelines(run, videos=None, gt=None, frames=None, top=10, out=None, log=prin
 def similarity(run, videos=None, gt=None):
     """Return the figure of RUN/sola/similarity.npz: the first four videos, or `videos`."""
     path = f"{run}/sola/similarity.npz"
-    if not os.path.isfile(path):
-        raise InputError(f"no {path}: write it with python -m tools.probe_sola {run}")
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = file["names"].tolist(), file["raw"].astype(float), file["sola"].astype(float)
         maps = {str(name): pair for name, *pair in zip(*columns, strict=True)}
     except Exception as error:  # a damaged file makes numpy raise almost anything
-        raise InputError(f"{path} cannot be read: {error!s:.200}") from None
+        write = f"write it with python -m tools.probe_sola {run}"
+        raise InputError(f"{path} cannot be read ({error!s:.200}): {write}") from None
     videos = videos or list(maps)[:4]
     _check_names(videos, maps, path)
     truth = read_truth(gt)
