@@ -170,7 +170,7 @@ class Localizer(nn.Module):
     @classmethod
     def load(cls, path, head, sizes, channels):
         """Return the model that stage head saved, and what it saved beside."""
-        saved = {"seconds": 0.0, "trained_on": None} | checkpoint.load_state(path)
+        saved = {"seconds": 0.0, "trained_on": None} | tsm.load_state(path)
         try:
             model = cls(head, sizes, channels, saved["classes"])
             model.load_state_dict(saved["model"])
@@ -300,7 +300,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         count = x.numel() // len(mean)
         own = torch.stack([mean, var * (1 - 1 / count) + mean.square()])
         moments = own + (self.ddp.mean(own.detach()) - own.detach())
-        moments.register_hook(self.ddp.mean)  # the losses of other processes depend on them, too
+        if moments.requires_grad:  # the losses of other processes depend on them, too
+            moments.register_hook(self.ddp.mean)
         mean, square = moments
         var = square - mean.square()
         unbiased = var / (1 - 1 / (count * self.ddp.world_size))
@@ -317,14 +318,13 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
 @contextlib.contextmanager
 def global_batchnorm(model, ddp):
     """Make BatchNorm independent of the number of processes within a `with` block."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and ddp.world_size > 1]
-    kinds = [type(m) for m in norms]
-    for m in norms:
+    kinds = {m: type(m) for m in model.modules() if isinstance(m, _BatchNorm)}
+    for m in kinds if ddp.world_size > 1 else ():
         m.__class__, m.ddp, m.process_group = GlobalBatchNorm, ddp, None
     try:
         yield
     finally:
-        for m, kind in zip(norms, kinds, strict=True):
+        for m, kind in kinds.items():
             m.__class__ = kind
 
 
