@@ -17,13 +17,14 @@ import socket
 import sys
 import threading
 import time
-import zipfile
 from hashlib import blake2b
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import tsm
+from evaluate import load_json, write_atomic
 from media import InputError
 
 # What a file with other contents than expected may raise.
@@ -76,59 +77,15 @@ class RunFolder:
         self._lock.flush()
 
 
-def write_atomic(path, write, host=""):
-    """Call write(file) on a temporary file, then rename it to `path`; InputError if that fails.
-    host: to begin what tells the writer in the temporary file's name."""
-    part = f"{path}.part-{host}{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be written: {reason}") from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
 def save_json(obj, path):
     """Write an object as indented JSON."""
     write_atomic(path, lambda file: file.write(f"{json.dumps(obj, indent=1)}\n".encode()))
-
-
-def load_json(path):
-    """Read a JSON object; InputError if it is missing or not valid."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return {**json.load(file)}
-    except (OSError, *DAMAGE) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def save_weights(model, path, **metadata):
     """Write {"model": state dict on the CPU, **metadata}, which weights_only loading accepts."""
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     write_atomic(path, lambda file: torch.save({"model": state, **metadata}, file))
-
-
-def load_state(path):
-    """Read a file of `save_weights` or a checkpoint. Raises InputError if it cannot be read."""
-    if not os.path.isfile(path):
-        raise InputError(f"no file {path}")
-    try:
-        # torch writes the checksum of each tensor, but does not compare it.
-        if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
-            raise zipfile.BadZipFile(entry)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file makes torch raise almost anything
-        raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, expected a dictionary")
-    return state
 
 
 def files_fingerprint(paths):
@@ -147,7 +104,7 @@ def files_fingerprint(paths):
 
 def seconds_of(path):
     """Return what an encoder file cost with all that it was made from; 0 if others made it."""
-    seconds = load_state(path).get("seconds") if os.path.isfile(path or "") else None
+    seconds = tsm.load_state(path).get("seconds") if os.path.isfile(path or "") else None
     return seconds if isinstance(seconds, (int, float)) else 0.0
 
 
@@ -178,8 +135,8 @@ def load_checkpoint(path, log=print):
     candidates = [p for p in (path, f"{path}.previous") if os.path.exists(p)]
     for candidate in candidates:
         try:
-            return load_state(candidate)
-        except InputError as error:
+            return tsm.load_state(candidate)
+        except tsm.InputError as error:
             log(f"checkpoint {error}; trying the one before it")
     if candidates:
         raise InputError(f"no checkpoint {path} can be read: remove it to start this stage again")

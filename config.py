@@ -52,8 +52,6 @@ STAGES = {
     "detect": "metrics.json",
 }
 
-MADE = (*STAGES, "proposals.json", "result.json", "metrics.json")
-
 # Who made the classes of a run's detections, by cfg.classes.
 CLASS_SOURCES = {
     "video": "video classifier of the run",
@@ -228,7 +226,7 @@ def saved_config(folder):
         raise InputError(f"no {path}: name the folder of a run, such as runs/toy-0/lofi")
     try:
         return merge(_read_yaml(DEFAULT), load_json(path))
-    except InputError as error:
+    except INPUT_ERRORS as error:
         raise InputError(f"{path} is not the config of a run: {error}") from None
 
 
@@ -552,12 +550,6 @@ def stage_inputs(cfg, run, stage):
     return inputs
 
 
-def note_inputs(cfg, run, stage, ddp):
-    """Write what a stage works on, for later starts."""
-    if ddp.is_main:
-        save_json(stage_inputs(cfg, run, stage), run.inputs(stage))
-
-
 def check_inputs(cfg, run, pending, log):
     """Raise InputError if a stage, finished or begun, was made from what is not there any more."""
     missing = None
@@ -590,9 +582,10 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         run.lock()
     remedy = "name another folder with --set out=..., or remove that one yourself"
     exists = os.path.exists(run.config)
-    foreign = [name for name in MADE if os.path.exists(f"{cfg.out}/{name}")]
+    made = [f"{cfg.out}/{stage}" for stage in STAGES]
+    foreign = [p for p in (*made, run.proposals, run.result, run.metrics) if os.path.exists(p)]
     if foreign and not exists:
-        raise InputError(f"{cfg.out}/{foreign[0]} exists, but {run.config} does not:\n{remedy}")
+        raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
     # Of a start from which nothing came.
     ours = ("config.json", "versions.json", "inputs.json", "lock")

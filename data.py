@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from tqdm import tqdm
 
 import media
-from evaluate import unique_keys
+from evaluate import load_json
 from media import InputError, snippet_frames
 from sola import sample_subsequences
 
@@ -77,10 +77,10 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Rec
 
 
 def _read_json(path, expected, parse):
+    content = load_json(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return parse(json.load(file, object_pairs_hook=unique_keys))
-    except (OSError, *MALFORMED) as error:
+        return parse(content)
+    except MALFORMED as error:
         reason = f"{type(error).__name__}: {error!s:.300}"
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
 
@@ -107,6 +107,8 @@ def _parse_database(content):
             annotations = entry.get("annotations") or []
             labels = [annotation["label"] for annotation in annotations]
             pairs = [annotation["segment"] for annotation in annotations]
+            if any(media.CONTROL.search(str(word)) for word in (name, *labels)):
+                raise ValueError(f"control characters in its name or in labels {labels}")
             if duration <= 0 or math.isinf(duration) or not isinstance(entry["subset"], str):
                 raise ValueError(f"duration {duration}, subset {entry['subset']}")
             if not all(isinstance(label, (str, int, float)) for label in labels):
@@ -370,8 +372,10 @@ def select_videos(
         raise InputError(message)
     if reasons:
         log(message)
-    for path in [video.path for video in videos if settings and video.path.endswith(".zip")][:1]:
-        first = media.FrameZip(path)
+    for video in [video for video in videos if settings and video.path.endswith(".zip")][:1]:
+        path, first = video.path, media.FrameZip(video.path)
+        if not 0.9 < video.duration / first.duration < 1.1:
+            log(f"{subset}: {path} has {first.duration} s, but {video.duration} s are annotated")
         prepared = first.prepared or settings
         differs = {key: prepared.get(key) for key in settings} != settings
         if differs and len(first.kept) < first.num_frames:

@@ -241,7 +241,7 @@ def save_results(results: Mapping[str, list[dict]], path: str | os.PathLike, **e
 
     external: the external data; `evaluate` reports class_source ("external file X", ...) of it.
     """
-    _write_json({"version": "VERSION 1.3", "results": results, "external_data": external}, path)
+    write_json({"version": "VERSION 1.3", "results": results, "external_data": external}, path)
 
 
 # ------------------------------------------------------------------------------ reading and writing
@@ -402,37 +402,57 @@ def unique_keys(pairs):
     return items
 
 
+def load_json(path):
+    """Return the object in a JSON file; InputError if there is none, or the file is above 2 GB."""
+    try:
+        if os.path.getsize(path) > 2**31:
+            raise ValueError(f"it has {os.path.getsize(path)} bytes")
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file, object_pairs_hook=unique_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        hint = (
+            "" if str(path).endswith(".json") else "; tools.check_data --json makes it of a table"
+        )
+        raise InputError(f"{path} cannot be read as JSON: {error}{hint}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
 def _load(source, what):
     """Return a JSON object, from a path or loaded already, and its name for messages."""
-    name = what
-    if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        try:
-            with open(source, encoding="utf-8-sig") as file:
-                source = json.load(file, object_pairs_hook=unique_keys)
-        except (OSError, ValueError, RecursionError) as error:
-            hint = "" if name.endswith(".json") else "; tools.check_data --json makes it of a table"
-            raise InputError(f"{name} cannot be read as JSON: {error}{hint}") from None
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else what
+    source = source if name is what else load_json(name)
     if not isinstance(source, dict):
         raise InputError(f"{name}: expected {what} as a JSON object, got {type(source).__name__}")
     return source, name
 
 
-def _write_json(data, path, indent=None):
-    """Write JSON to a temporary file, then rename it: a reader never sees half a file."""
-    part = f"{os.fspath(path)}.part-{os.getpid()}"
+def write_atomic(path, write, host=""):
+    """Call write(file) on a temporary file, then rename it to `path`; InputError if that fails.
+
+    host: to begin what tells the writer in the temporary file's name.
+    """
+    part = f"{os.fspath(path)}.part-{host}{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(part) or ".", exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=indent, allow_nan=False) + "\n")
+        with open(part, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be written: {reason}") from error
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def write_json(content, path, indent=None):
+    """Write JSON, which has no NaN; a reader never sees half a file."""
+    text = json.dumps(content, indent=indent, allow_nan=False)
+    write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 # ----------------------------------------------------------------------------------- mAP and AR@AN
@@ -813,7 +833,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for note in metrics["warnings"]:
             print(f"warning: {note}", file=sys.stderr)
         if args.json:
-            _write_json(metrics, args.json, indent=1)
+            write_json(metrics, args.json, indent=1)
     except InputError as error:
         sys.exit(f"{parser.prog}: {error}")
     # Last: a reader that is gone, as `| head` may be, ends the program here.

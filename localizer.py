@@ -247,7 +247,7 @@ class Localizer(nn.Module):
     @classmethod
     def load(cls, path, head, sizes, channels, per_segment=None):
         """Return the model that stage head saved, and what it saved beside."""
-        saved = {"seconds": 0.0, "trained_on": None} | checkpoint.load_state(path)
+        saved = {"seconds": 0.0, "trained_on": None} | tsm.load_state(path)
         try:
             model = cls(head, sizes, channels, saved["classes"], per_segment=per_segment)
             model.load_state_dict(saved["model"])
@@ -432,14 +432,13 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
 @contextlib.contextmanager
 def global_batchnorm(model, ddp):
     """Make BatchNorm independent of the number of processes within a `with` block."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and ddp.world_size > 1]
-    kinds = [type(m) for m in norms]
-    for m in norms:
+    kinds = {m: type(m) for m in model.modules() if isinstance(m, _BatchNorm)}
+    for m in kinds if ddp.world_size > 1 else ():
         m.__class__, m.ddp, m.process_group = GlobalBatchNorm, ddp, None
     try:
         yield
     finally:
-        for m, kind in zip(norms, kinds, strict=True):
+        for m, kind in kinds.items():
             m.__class__ = kind
 
 

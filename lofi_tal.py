@@ -234,7 +234,8 @@ def main(argv=None):
             ddp.barrier()
             if name in pending:
                 started = time.monotonic()
-                config.note_inputs(cfg, run, name, ddp)
+                if ddp.is_main:  # what it works on, for later starts
+                    checkpoint.save_json(config.stage_inputs(cfg, run, name), run.inputs(name))
                 stage(cfg, run, ddp)
                 ddp.log(f"stage {name} took {time.monotonic() - started:.1f} s")
             elif name in cfg.stages:

@@ -43,6 +43,9 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpe
 VIDEO_SUFFIXES += (".ts", ".3gp", ".ogv", ".m2ts", ".mts", ".vob", ".mxf", ".gif")
 PROGRAM_STREAMS = (".mpg", ".mpeg", ".vob")
 MPEG_STREAMS = (".ts", ".m2ts", ".mts", *PROGRAM_STREAMS)  # their clock begins anywhere
+UNSTAMPED = (".avi", ".mxf", *PROGRAM_STREAMS)  # their stamps, if any, are not those of B-frames
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # Beyond these, an image or an entry of a ZIP is not read: 8K, and a video.json of a day.
 MAX_PIXELS = 2**26
@@ -75,6 +78,8 @@ def open_media(path: str | os.PathLike) -> "JpegFrames | FrameZip | VideoFile":
     wrong with it, or None), .read and .decode. Raises InputError if it cannot be opened.
     """
     path = os.fspath(path)
+    if CONTROL.search(path):  # escape sequences would reach the terminal
+        raise InputError(f"{path!r} has control characters: rename it")
     if not os.path.exists(path):
         raise InputError(f"no frames at {path}: no such file or folder")
     if os.path.isdir(path):
@@ -109,6 +114,10 @@ def find_media(folder, names=None, *, prepared=True, skip=None, log=None) -> dic
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         stem, kind = (entry.name, "/") if entry.is_dir() else os.path.splitext(entry.name)
         if stem.startswith((".", "__MACOSX")) or kind.lower() not in kinds:
+            continue
+        if CONTROL.search(stem):
+            if log:
+                log(f"{entry.path!r} has control characters and is left out: rename it")
             continue
         if kind != "/" or not skipped.startswith(f"{os.path.realpath(entry.path)}/"):
             found.setdefault(stem, []).append((kinds.index(kind.lower()), entry.path))
@@ -207,15 +216,15 @@ class JpegFrames:
     def _decode(self, number, short_side):
         try:
             jpeg = self._jpeg(number, short_side)
-            if num_pixels(jpeg) > MAX_PIXELS:
-                raise ValueError(f"more than {MAX_PIXELS} pixels")
+            if len(jpeg) > MAX_BYTES or num_pixels(jpeg) > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_BYTES} bytes or {MAX_PIXELS} pixels")
             return decode_jpeg(jpeg)
         except DAMAGE as error:
             words = f"{os.path.basename(self.files[number])} is not a valid JPEG image"
             raise InputError(f"{self.path}: {words} ({_reason(error)})") from None
 
     def _jpeg(self, number, short_side):
-        return torch.from_numpy(np.fromfile(self.files[number], np.uint8))
+        return torch.from_numpy(np.fromfile(self.files[number], np.uint8, MAX_BYTES + 1))
 
 
 def open_folder(path):
@@ -345,12 +354,17 @@ class VideoFile:
         self.note = None
         self.suffix = os.path.splitext(path)[1].lower()
         scan, stream, container = scan_video(path)
+        fps = stream.average_fps_from_header or 25
         # When each frame appears: by the file's clock, and from its zero on.
         self.stamps = scan.pts_seconds.numpy()
-        self.times = self.stamps - self._zero_sec(stream, container)
-        if self.suffix in PROGRAM_STREAMS and stream.average_fps_from_header:
+        stamped = self.stamps > -1e9
+        if self.suffix in PROGRAM_STREAMS or not stamped.all():
             # Not every packet has a stamp of its own.
-            self.times = self.times[0] + np.arange(len(scan)) / stream.average_fps_from_header
+            first = np.append(self.stamps[stamped], 0.0)[0]
+            self.stamps = first + np.arange(len(scan)) / fps
+        self.times = self.stamps - self._zero_sec(stream, container)
+        self.by_order = self.suffix in UNSTAMPED or not stamped.all()
+        self.seeks = self.suffix not in MPEG_STREAMS and stamped.all()
         self.key_frames = scan.key_frame_indices.numpy()
         self.height, self.width = stream.height, stream.width
         shown_sec = self.times[-1] - self.times[0]
@@ -358,7 +372,7 @@ class VideoFile:
         last_sec = scan.duration_seconds[-1].item()
         if self.times[0] < 0.1:  # the delay of an encoder
             self.times = self.times - self.times[0]
-        shown_sec += max(last_sec, usual_sec) or 1 / (stream.average_fps_from_header or 25)
+        shown_sec += max(last_sec, usual_sec) or 1 / fps
         self.end = self.duration = self.times[0] + shown_sec
         declared = self._declared_sec(stream, container)
         if self.end < 0.99 * declared - 0.1:
@@ -381,6 +395,8 @@ class VideoFile:
 
     def _declared_sec(self, stream, container):
         """Return when the file ends as its header declares, or else when its frames do."""
+        if self.suffix in MPEG_STREAMS:  # without such a header: FFmpeg guesses from packets
+            return self.end
         fps = stream.average_fps_from_header
         if self.suffix == ".avi" and stream.num_frames_from_header and fps:
             # FFmpeg derives the duration of a truncated AVI from its size.
@@ -425,7 +441,7 @@ class VideoFile:
         size = (round(self.height * scale), round(self.width * scale)) if scale < 1 else None
         decoder = None
         k = 0
-        seeks = self.suffix not in MPEG_STREAMS and (self.suffix != ".avi" or self.can_seek)
+        seeks = self.seeks and (not self.by_order or self.can_seek)
         while seeks and k < len(index):
             try:
                 decoder = decoder or self._make_decoder(size)
@@ -462,12 +478,12 @@ class VideoFile:
     @cached_property
     def can_seek(self):
         """Whether frames can be decoded alone: not in AVI with B-frames."""
-        exact = [False] * 3
-        for i, index in enumerate(np.linspace(0, len(self.times) - 1, 3).astype(int)):
-            with contextlib.suppress(RuntimeError):
+        try:
+            for index in range(min(3, len(self.times))):
                 self._frame_at(self._make_decoder(), index)
-                exact[i] = True
-        return exact[0] and any(exact[1:])
+        except RuntimeError:
+            return False
+        return True
 
     def _decode_all(self):
         """Yield (index, RawFrame) of all frames from the first on, which needs no seeking."""
@@ -479,8 +495,6 @@ class VideoFile:
         except RuntimeError as error:
             reason = f"{_reason(error)}; FFmpeg here has no decoder for it"
             raise InputError(f"{self.path} cannot be decoded ({reason})") from None
-        # By its time, or where packets have none or another one, by its order.
-        by_time = self.suffix not in (".avi", *PROGRAM_STREAMS)
         index = -1
         for packet in itertools.chain(demuxer, [None]):
             try:
@@ -489,7 +503,7 @@ class VideoFile:
                 continue
             for raw_frame in raw_frames:
                 index += 1
-                if by_time:
+                if not self.by_order:
                     near = int(np.searchsorted(self.stamps, raw_frame.pts_seconds - 1e-4))
                     same = near < len(self.stamps)
                     same = same and abs(self.stamps[near] - raw_frame.pts_seconds) < 1e-4
@@ -526,12 +540,14 @@ def scan_video(path):
         stream = demuxer.streams[0]
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
-        text = _reason(error)
+        text, stem = _reason(error), os.path.splitext(path)[0]
         if any("\udc80" <= letter <= "\udcff" for letter in path):
             text = "its name is not UTF-8: rename it"
         problem = f"is not a valid video ({text}); download it again"
         if "No valid video stream" in text:
             problem = "has no video stream"
+        if "support seeking" in text:
+            problem = f"cannot be sought in: ffmpeg -i {path} -c copy {stem}.mkv makes one that can"
         if isinstance(error, ImportError) or "libtorchcodec" in text:
             needed = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
             problem = f"cannot be read: video files need {needed}"

@@ -237,6 +237,18 @@ def load_weights(encoder: nn.Module, source: dict | str | os.PathLike) -> nn.Mod
     return encoder
 
 
+def load_state(path: str | os.PathLike) -> dict:
+    """Read a dictionary that torch.save wrote; InputError if it cannot be read."""
+    try:
+        # torch writes the checksum of each tensor, but does not compare it.
+        if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(entry)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a truncated or foreign file makes torch raise almost anything
+        kind = type(error).__name__
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint ({kind})") from None
+
+
 def _read_weights(encoder, source):
     if source == "torchvision":
         entry = encoder.torchvision_weights
@@ -245,11 +257,4 @@ def _read_weights(encoder, source):
         except OSError as error:  # what urllib raises
             hint = f"Put that file into {torch.hub.get_dir()}/checkpoints, or name its path"
             raise InputError(f"{entry.url} cannot be downloaded ({error}).\n{hint}") from None
-    try:
-        # torch writes the checksum of each tensor, but does not compare it.
-        if zipfile.is_zipfile(source) and (entry := zipfile.ZipFile(source).testzip()):
-            raise zipfile.BadZipFile(entry)
-        return dict(torch.load(source, map_location="cpu", weights_only=True))
-    except Exception as error:  # a truncated or foreign file makes torch raise almost anything
-        kind = type(error).__name__
-        raise InputError(f"{source} cannot be read as a PyTorch checkpoint ({kind})") from None
+    return load_state(source)

@@ -19,7 +19,8 @@ import sys
 import time
 
 import evaluate
-from checkpoint import RunFolder, load_json, load_state, write_atomic
+import tsm
+from checkpoint import RunFolder, load_json, write_atomic
 from media import InputError
 
 MARK = "<!-- made by python -m reproduce.tables -->"  # the first line of a report
@@ -82,7 +83,7 @@ def trained_parameters(run):
     paths += [run.encoder("lofi"), run.encoder("pretrain")]
     for path in paths:
         if os.path.exists(path):
-            state = load_state(path)["model"].items()
+            state = tsm.load_state(path)["model"].items()
             return sum(x.numel() for name, x in state if name.split(".")[-1] not in BUFFERS)
     return 0
 

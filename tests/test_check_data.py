@@ -186,6 +186,17 @@ def test_durations_may_come_from_the_frames(messy, tmp_path):
     assert problems[0].kind == "no duration" and "has a duration" in fatal[0]
     sources.frames = messy.frames
     assert check(sources, log=silent) == ([], [])
+    # Those of a file are compared with the frames, too.
+    (tmp_path / "ms.json").write_text('{"v": 8000}')
+    sources.durations = str(tmp_path / "ms.json")
+    assert [p.kind for p in check(sources, log=silent)[0]] == ["duration disagrees"]
+
+
+def test_a_video_in_two_subsets_is_noticed(tmp_path):
+    database = {"v_a": entry("training"), "a": entry("validation"), "b": entry("validation")}
+    sources = Sources(write_annotations(tmp_path / "a.json", database))
+    (problem,) = check(sources, log=silent)[0]
+    assert problem == ("validation", "a", "video in two subsets", "v_a in training")
 
 
 def test_frames_that_were_prepared_for_other_snippets_are_noticed(messy, tmp_path):
@@ -272,8 +283,8 @@ def test_wrong_arguments_are_one_line_each(messy, tmp_path):
     messages = {
         r"name a config with --cfg": [],
         r"none\.json": ["--annotations", str(tmp_path / "none.json")],
-        r"file is not valid": [*annotations, "--durations", f"{tmp_path}/file"],
-        r"none is not valid": [*annotations, "--durations", f"{tmp_path}/none"],
+        r"file cannot be read": [*annotations, "--durations", f"{tmp_path}/file"],
+        r"none cannot be read": [*annotations, "--durations", f"{tmp_path}/none"],
         r"--workers -1: expected 0": [*annotations, "--workers", "-1"],
         r"cannot be written": [*annotations, "--problems", f"{tmp_path}/file/list"],
     }

@@ -17,6 +17,7 @@ from processes import Process, start_ranks
 
 import checkpoint
 import data
+import evaluate
 import lofi_tal
 import tsm
 from config import Config
@@ -261,9 +262,15 @@ def test_a_full_disk_is_one_line(tmp_path):
         def flush(self):
             self.file.flush()
 
-    with pytest.raises(InputError, match=r"x\.pt cannot be written"):
+    with pytest.raises(evaluate.InputError, match=r"x\.pt cannot be written"):
         checkpoint.write_atomic(f"{tmp_path}/x.pt", write)
     assert os.listdir(tmp_path) == []
+
+
+def normed():
+    torch.manual_seed(0)
+    layers = [torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)]
+    return torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(4, 1))
 
 
 def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
@@ -284,10 +291,7 @@ def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
         batches = data.iterate(test_checkpoint.Rows(5), None, 2, **ddp.place)
         names = sum((batch["name"] for batch in batches), [])
 
-        def normed():
-            return torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
-
-        norm, _ = test_checkpoint.train(out + "/norm", ddp=ddp, make=normed)
+        norm, _ = test_checkpoint.train(out + "/norm", ddp=ddp, make=test_checkpoint.normed)
         norms = ddp.gather(norm[0].running_mean)
         found = {{"weights": model.state_dict(), "mean": mean, "norms": norms}}
         found["names"] = sum(ddp.gather(names), [])
@@ -303,9 +307,11 @@ def test_two_gloo_processes_give_the_weights_of_one(tmp_path, whole):
         torch.testing.assert_close(out["weights"][name], value, rtol=1e-5, atol=1e-6)
     assert out["mean"] == {"rank": 0.5}
     assert sorted(out["names"]) == [f"row{i}" for i in range(5)]  # each sample once
-    # Each process saw other rows, and all go on with the statistics that are saved.
-    saved = torch.load(tmp_path / "norm/test/checkpoint.pt")["model"]["0.running_mean"]
-    assert saved.any() and all(torch.equal(norm, saved) for norm in out["norms"])
+    # Each process saw other rows, and all have the statistics of one process.
+    saved = torch.load(tmp_path / "norm/test/checkpoint.pt")["model"]
+    assert all(torch.equal(norm, saved["0.running_mean"]) for norm in out["norms"])
+    for name, value in train(tmp_path / "one", make=normed)[0].state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rate_schedules():
@@ -340,34 +346,38 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
         file.write(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(InputError, match=r"sub/file cannot be written: disk full"):
+    with pytest.raises(evaluate.InputError, match=r"sub/file cannot be written: disk full"):
         checkpoint.write_atomic(path, fail)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path / "sub") == ["file"]
-    with pytest.raises(InputError, match=r"file/below cannot be written: "):
+    with pytest.raises(evaluate.InputError, match=r"file/below cannot be written: "):
         checkpoint.save_json({}, f"{path}/below")
 
 
 def test_json_and_weights_come_back_or_are_named(tmp_path):
     checkpoint.save_json({"a": [1, None]}, f"{tmp_path}/x.json")
     assert checkpoint.load_json(f"{tmp_path}/x.json") == {"a": [1, None]}
-    for name, text in {"bad": "{", "deep": "[" * 99999}.items():
+    for name, text in {"bad": "{", "deep": "[" * 99999, "twice": '{"a": 1, "a": 2}'}.items():
         (tmp_path / f"{name}.json").write_text(text)
-        with pytest.raises(InputError, match=f"{name}.json cannot be read as JSON"):
+        with pytest.raises(evaluate.InputError, match=f"{name}.json cannot be read as JSON"):
             checkpoint.load_json(f"{tmp_path}/{name}.json")
-    with pytest.raises(InputError, match=r"none\.json"):
+    with pytest.raises(evaluate.InputError, match=r"none\.json"):
         checkpoint.load_json(f"{tmp_path}/none.json")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(2**31 + 1)
+    with pytest.raises(evaluate.InputError, match=r"large\.json .*it has 2147483649 bytes"):
+        checkpoint.load_json(f"{tmp_path}/large.json")
 
     model = linear()
     checkpoint.save_weights(model, f"{tmp_path}/x.pt", encoder={"depth": 18}, seconds=7.5)
-    saved = checkpoint.load_state(f"{tmp_path}/x.pt")
+    saved = tsm.load_state(f"{tmp_path}/x.pt")
     assert torch.equal(saved["model"]["weight"], model.weight) and saved["encoder"] == {"depth": 18}
     assert checkpoint.seconds_of(f"{tmp_path}/x.pt") == 7.5
     assert [checkpoint.seconds_of(other) for other in (None, "torchvision", "none.pt")] == [0] * 3
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "torn.pt").write_bytes(b"torn")
-    for name, words in {"none": "no file", "list": "holds a list", "torn": "cannot be"}.items():
-        with pytest.raises(InputError, match=words):
-            checkpoint.load_state(f"{tmp_path}/{name}.pt")
+    for name in ("none", "list", "torn"):
+        with pytest.raises(tsm.InputError, match=f"{name}.pt cannot be read"):
+            tsm.load_state(f"{tmp_path}/{name}.pt")
 
 
 def test_only_parts_of_dead_processes_are_removed(tmp_path):
@@ -393,8 +403,8 @@ def test_a_flipped_bit_is_found(tmp_path):
         with open(path, "wb") as file:
             file.write(content)
         content[at] ^= 4
-        with pytest.raises(InputError, match="cannot be read"):
-            checkpoint.load_state(path)
+        with pytest.raises(tsm.InputError, match="cannot be read"):
+            tsm.load_state(path)
         with pytest.raises(tsm.InputError, match="cannot be read"):
             tsm.load_weights(tsm.TSM(width=8), path)
 

@@ -105,6 +105,11 @@ def test_saved_module_comes_back_frozen(tmp_path):
     state = {"model": module.state_dict(), **module.sizes, "seconds": 1.5}
     torch.save(state, tmp_path / "sola.pt")
     back = SoLa.load(tmp_path / "sola.pt")
+    flipped = bytearray((tmp_path / "sola.pt").read_bytes())
+    flipped[flipped.index(module.f[0].weight.detach().numpy().tobytes())] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    with pytest.raises(InputError, match=r"flipped\.pt is not a module of stage sola"):
+        SoLa.load(tmp_path / "flipped.pt")
     x = rand(2, 5, 9)
     assert torch.equal(back(x), module(x)) and not back(x).requires_grad and not back.training
     # A head of any kind trains after it.

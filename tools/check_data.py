@@ -125,6 +125,8 @@ class SubsetCheck:
             for row, problem in segment_problems(video):
                 segment = f"{video.segments[row].tolist()} {video.labels[row]}"
                 self.add(video.name, problem, f"{segment}, duration {video.duration}")
+        known = {"durations": self.sources.durations, "features": self.sources.features}
+        self.videos = data.fill_durations(self.videos, **known)
         if self.sources.frames:
             self.check_frames(workers, log)
         self.check_features()
@@ -183,8 +185,6 @@ class SubsetCheck:
     def check_what_is_missing(self):
         """Note the videos without a duration, and those without frames and features."""
         sources = self.sources
-        known = {"durations": sources.durations, "features": sources.features}
-        self.videos = data.fill_durations(self.videos, **known)
         self.without_duration = {v.name for v in self.videos if math.isnan(v.duration)}
         usable = self.usable["frames"] | self.usable["features"]
         unreadable = {p.video for p in self.problems if p.kind == "frames cannot be read"}
@@ -260,7 +260,13 @@ def missing_sources(sources, chosen, known):
 
 
 def compare_subsets(checks, sources):
-    """Yield a Problem for each label that a subset lacks, and for features of unusual width."""
+    """Yield a Problem for each label that a subset lacks, for each video that others have, spelt
+    otherwise, and for features of unusual width."""
+    spelt = {}
+    for subset, name in [(check.name, name) for check in checks for name in check.names]:
+        other = spelt.setdefault(min(media.spellings(name)), (subset, name))
+        if other[0] != subset:
+            yield Problem(subset, name, "video in two subsets", f"{other[1]} in {other[0]}")
     labels = set().union(*(subset.classes for subset in checks))
     for subset in [subset for subset in checks if subset.classes]:
         for label in sorted(labels.difference(subset.classes)):

@@ -16,6 +16,7 @@ import warnings
 import numpy as np
 
 from checkpoint import RunFolder, load_json, save_json, write_atomic
+from config import one_line_errors
 from evaluate import markdown_table, percent
 from media import InputError
 
@@ -157,7 +158,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the rows at full precision")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors("tools.compare_runs"):
         for path in (args.json, args.markdown):
             if path and os.path.lexists(path) and not _is_own(path):
                 raise InputError(f"{path} already exists and is no output of this program")
@@ -171,8 +172,6 @@ def main(argv=None):
             save_json({"rows": rows}, args.json)
         if args.markdown:
             write_atomic(args.markdown, lambda file: file.write(f"{text}\n".encode()))
-    except InputError as error:
-        sys.exit(f"tools.compare_runs: {error}")
     # Last: a reader that is gone, as `| head` may be, ends the program here.
     print(text)
 

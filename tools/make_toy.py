@@ -30,7 +30,7 @@ import torch
 from numpy import cos, pi, sin
 from torchcodec.encoders import JpegEncoder
 
-from checkpoint import load_json
+from checkpoint import load_json, save_json
 from config import one_line_errors
 from media import InputError
 from tools.jobs import available_cores, run_jobs
@@ -362,8 +362,7 @@ def make_toy(out, toy, workers=None):
         database = {f"toy_{i:05d}": made["video", i] for i in range(toy.train + toy.val)}
         annotations = {"version": "toy", "database": database}
         for name, content in {"annotations": annotations, "toy": settings}.items():
-            with open(f"{part}/{name}.json", "w") as file:
-                json.dump(content, file)
+            save_json(content, f"{part}/{name}.json")
         os.rename(part, out)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from None

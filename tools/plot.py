@@ -17,7 +17,6 @@ import json
 import math
 import os
 import signal
-import sys
 import textwrap
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import DAMAGE, RunFolder, write_atomic
-from config import INPUT_ERRORS, STAGES
+from config import STAGES, one_line_errors
 from data import first_names, load_annotations
 from evaluate import load_results
 from media import InputError, find_media, open_media, spellings
@@ -549,7 +548,8 @@ def main(argv=None):
         command.add_argument("run", nargs="+" if several else None, help=runs)
         command.add_argument("--out", required=several, help="default: in RUN/pictures")
         if picture in ("timeline", "similarity"):
-            command.add_argument("--video", nargs="+", action="extend", metavar="NAME")
+            names = "of videos; --video=-ID for one that begins with a dash"
+            command.add_argument("--video", nargs="+", action="extend", metavar="NAME", help=names)
             command.add_argument("--gt", metavar="ANNOTATIONS", help="draw the ground truth too")
         if picture == "timeline":
             command.add_argument("--frames", metavar="FOLDER", help="draw a strip of frames")
@@ -557,7 +557,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.picture == "timeline" and args.top < 1:
         parser.error(f"--top {args.top}: expected at least 1")
-    try:
+    with one_line_errors("tools.plot"):
         if args.picture == "timeline":
             return timelines(args.run, args.video, args.gt, args.frames, args.top, args.out)
         if args.picture == "map":
@@ -569,8 +569,6 @@ def main(argv=None):
         out = args.out or f"{args.run}/pictures/{args.picture}.png"
         save(figure, out)
         print(out)
-    except INPUT_ERRORS as error:
-        sys.exit(f"tools.plot: {error}")
 
 
 if __name__ == "__main__":

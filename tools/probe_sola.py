@@ -15,14 +15,13 @@ Legend: C channels, L snippets, N or M snippets of all videos, V videos.
 
 import argparse
 import os
-import sys
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from checkpoint import RunFolder, save_json, write_atomic
-from config import INPUT_ERRORS, load_videos, saved_config
+from config import load_videos, one_line_errors, saved_config
 from data import FeatureDataset
 from media import InputError
 from sola import SoLa, spread
@@ -186,10 +185,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.videos, args.maps) < 1:
         parser.error("--videos and --maps: expected at least 1")
-    try:
+    with one_line_errors("tools.probe_sola"):
         run(args.run, args.videos, args.maps)
-    except INPUT_ERRORS as error:
-        sys.exit(f"tools.probe_sola: {error}")
 
 
 if __name__ == "__main__":
