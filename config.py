@@ -77,7 +77,7 @@ def one_line_errors(program):
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any letters
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters of a name
     try:
         yield
     except INPUT_ERRORS as error:

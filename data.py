@@ -77,9 +77,8 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Rec
 
 
 def _read_json(path, expected, parse):
-    content = load_json(path)
     try:
-        return parse(content)
+        return parse(load_json(path))
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error!s:.300}"
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None

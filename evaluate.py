@@ -402,7 +402,7 @@ def unique_keys(pairs):
     return items
 
 
-def load_json(path):
+def load_json(path, what="content"):
     """Return the object in a JSON file; InputError if there is none, or the file is above 2 GB."""
     try:
         if os.path.getsize(path) > 2**31:
@@ -415,14 +415,14 @@ def load_json(path):
         )
         raise InputError(f"{path} cannot be read as JSON: {error}{hint}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise InputError(f"{path}: expected {what} as a JSON object, got {type(content).__name__}")
     return content
 
 
 def _load(source, what):
     """Return a JSON object, from a path or loaded already, and its name for messages."""
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else what
-    source = source if name is what else load_json(name)
+    source = source if name is what else load_json(name, what)
     if not isinstance(source, dict):
         raise InputError(f"{name}: expected {what} as a JSON object, got {type(source).__name__}")
     return source, name

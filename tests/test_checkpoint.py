@@ -20,7 +20,7 @@ import data
 import evaluate
 import lofi_tal
 import tsm
-from config import Config
+from config import INPUT_ERRORS, Config
 from localizer import Distributed
 from media import InputError
 
@@ -237,7 +237,7 @@ def test_the_state_of_another_optimizer_is_named(slot, tmp_path):
 
 def test_json_that_is_no_object_is_named(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"list\.json cannot be read as JSON"):
+    with pytest.raises(INPUT_ERRORS, match=r"list\.json: expected content as a JSON object"):
         checkpoint.load_json(f"{tmp_path}/list.json")
     for text in ('{"seconds": [1]}', "{}", '{"seconds": "5"}'):
         (tmp_path / "seconds.json").write_text(text)

@@ -178,7 +178,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    # A terminal may lack the plus-minus sign.
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")
     main()
