@@ -13,6 +13,7 @@ and stop-gradient against collapse. The predictor is thrown away; the module sta
 Legend: B videos, C channels, L snippets, n gathered snippets. Features are (B, C, L).
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
 
 import torch
@@ -66,6 +67,8 @@ class SoLa(nn.Module):
     def load(cls, path: str) -> "SoLa":
         """Load {"model": state dict, "channels", "hidden", "kernel", ...}, ready for use."""
         try:
+            if zipfile.is_zipfile(path) and (entry := zipfile.ZipFile(path).testzip()):
+                raise zipfile.BadZipFile(entry)  # torch compares no checksums
             saved = torch.load(path, map_location="cpu", weights_only=True)
             module = cls(saved["channels"], saved["hidden"], saved["kernel"])
             module.load_state_dict(saved["model"])
