@@ -73,8 +73,7 @@ def load(run, device="auto", chunk_snippets=None):
         if not os.path.isfile(path):
             raise InputError(f"{run} is not finished: no {path}")
     encoder = build_encoder(**cfg.encoder, weights=config.encoder_path(cfg, folder))
-    sizes = cfg[cfg.tal_head]
-    localizer, _ = Localizer.load(folder.head, cfg.tal_head, sizes, encoder.channels)
+    localizer, _ = Localizer.load(folder.head, cfg.tal_head, cfg[cfg.tal_head], encoder.channels)
     for module in (encoder, localizer):
         module.to(device).eval().requires_grad_(False)
     sola = SoLa.load(folder.sola).to(device) if "sola" in cfg.stages else None
