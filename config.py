@@ -145,21 +145,19 @@ def _read_yaml(path):
 
 
 _KINDS = {
-    dict: "a block of keys",
     bool: "true or false",
-    (int, float): "a number",
     str: "text, in quotes",
     type(None): "null",
+    **dict.fromkeys((dict, Config), "a block of keys"),
+    **dict.fromkeys((int, float), "a number"),
 }
-
-
 NULL_OR_NUMBER = {"video.rate", "lofi.chunk_snippets", "lofi.cycle_length", "gtad.durations"}
 
 
 def _kind(value):
     if isinstance(value, list):
-        return f"a list, each {', '.join(sorted({str(_kind(x)) for x in value}))}"
-    return next((words for types, words in _KINDS.items() if isinstance(value, types)), None)
+        return f"a list, each {', '.join(sorted({str(_KINDS.get(type(x))) for x in value}))}"
+    return _KINDS.get(type(value))
 
 
 def merge(base, changes, where="", kinds=None):

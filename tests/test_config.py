@@ -455,3 +455,12 @@ def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert config.snapshot(toy())["git"] is None
     config.git_commit.cache_clear()
+
+
+def test_a_saved_config_that_is_nested_deeply_is_named(tmp_path):
+    content = json.dumps(toy()).replace('"auto"', "[" * 500 + "]" * 500, 1)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        InputError, match=r"config\.json is not the config of a run: .* expected text"
+    ):
+        config.saved_config(tmp_path)
