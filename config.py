@@ -149,27 +149,24 @@ def _read_yaml(path):
 
 
 _KINDS = {
-    dict: "a block of keys",
     bool: "true or false",
-    (int, float): "a number",
     str: "text, in quotes",
     type(None): "null",
+    **dict.fromkeys((dict, Config), "a block of keys"),
+    **dict.fromkeys((int, float), "a number"),
 }
-
-
-# Other keys whose default is null are text.
 NULL_OR_NUMBER = {"video.rate", "lofi.chunk_snippets", "lofi.cycle_length", "gtad.durations"}
 
 
 def _kind(value):
     if isinstance(value, list):
-        return f"a list, each {', '.join(sorted({str(_kind(x)) for x in value}))}"
-    return next((words for types, words in _KINDS.items() if isinstance(value, types)), None)
+        return f"a list, each {', '.join(sorted({str(_KINDS.get(type(x))) for x in value}))}"
+    return _KINDS.get(type(value))
 
 
 def merge(base, changes, where="", kinds=None):
     """Return a new Config: `base` with `changes` in it; InputError for a key that base lacks, or a
-    value of another kind than in `kinds` (default: base), whose null may be all but a block."""
+    value of another kind than in `kinds` (default: base); null there: text or a NULL_OR_NUMBER."""
     kinds = base if kinds is None else kinds
     merged = Config({k: merge(v, {}) if isinstance(v, dict) else v for k, v in base.items()})
     for key, value in changes.items():
@@ -243,14 +240,13 @@ def differences(old, new, ignore=FREE_KEYS | COST_KEYS):
     """Return lines that say which keys of two configs differ, but those in `ignore`, the run's
     folder, which may move, and stages of which one list only goes on further."""
     old, new = flatten(old), flatten(new)
-    ignore = ignore | {"out"}
     if "recalibrate" in (old["lofi.batchnorm"], new["lofi.batchnorm"]):
         ignore = ignore - {"features.chunk_snippets"}  # statistics are of as many snippets at once
     for flat in (old, new):
         flat["stages"] = [stage for stage in STAGES if stage in flat["stages"]]
     if all(a == b for a, b in zip(old["stages"], new["stages"], strict=False)):
         ignore = ignore | {"stages"}
-    keys = sorted((old.keys() | new.keys()) - ignore)
+    keys = sorted((old.keys() | new.keys()) - ignore - {"out"})
     pairs = [(key, old.get(key), new.get(key)) for key in keys]
     return [f"  {key}: {was!r} there, {now!r} now" for key, was, now in pairs if was != now]
 

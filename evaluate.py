@@ -441,7 +441,7 @@ def write_atomic(path, write, host=""):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # the latter from torch, where the disk is full
+    except (OSError, UnicodeError, RuntimeError) as error:  # from torch, where the disk is full
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(f"{path} cannot be written: {reason}") from error
     finally:

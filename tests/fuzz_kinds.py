@@ -161,13 +161,14 @@ def score(*argv):
     evaluate.main(["--gt", TRUTH, "--pred", "run/result.json", *argv])
 
 
-def find(video):
-    localize.main(["--run", "run", "--no-picture", "--gt", TRUTH, video])
+def find(video, out="found"):
+    localize.main(["--run", "run", "--no-picture", "--gt", TRUTH, "--out", out, video])
 
 
 def prepare(*argv):
-    small = ["--snippets=2", "--frames-per-snippet=1", "--workers=0", "--copies"]
-    return prepare_data.main(["--out", "out", "--videos", "folders", *argv, *small])
+    settings = ["--snippets=8", "--frames-per-snippet=2", "--stride=1", "--short-side=16"]
+    command = ["--out=out", "--videos=folders", "--workers=0", "--copies=8", *settings]
+    return prepare_data.main([*command, *argv])
 
 
 def draw(*argv):
@@ -203,7 +204,7 @@ def kind_of(files, mutate, reference=None, **programs):
 
 def features_kind(files, mutate, source, reference):
     """Return the Kind of features that lie in `source`."""
-    sola = [*QUICK, "stages=[sola, head, detect]", f"data.features={source}"]
+    sola = [*QUICK, "stages=[sola, head, detect]", f"data.features={source}", "out=other"]
     return kind_of(
         files,
         mutate,
@@ -224,7 +225,7 @@ def zip_kind(folder):
         check_data=(1, check, "--annotations", TRUTH, "--frames", folder),
         localize=(0.5, find, path),
         lofi_tal=(0.3, start, *FROM_ENCODER, f"data.frames={folder}"),
-        plain_prepare=(0.3, prepare, "--out", folder),
+        **({"plain_prepare": (0.3, prepare, "--out", folder)} if folder == "prepared" else {}),
     )
 
 
@@ -261,7 +262,7 @@ def json_kinds():
     kinds["localized"] = kind_of(
         ["run/localized/result.json"],
         m.mutate_json,
-        localize=(1, find, ZIP),
+        localize=(1, find, ZIP, "run/localized"),
         plot=(0.5, draw, "timeline", "run/localized"),
     )
     kinds["durations"] = kind_of(

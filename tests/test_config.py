@@ -112,7 +112,7 @@ def test_null_a_path_or_paths_are_possible_where_the_default_is_null():
 def test_letters_that_a_terminal_cannot_show_are_no_reason_to_fail():
     code = "import config\nwith config.one_line_errors('x'):\n    print(chr(0xd800))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "\\ud800\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?\n", "")
 
 
 def test_an_error_is_shortened():
@@ -514,3 +514,12 @@ def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert config.snapshot(toy())["git"] is None
     config.git_commit.cache_clear()
+
+
+def test_a_saved_config_that_is_nested_deeply_is_named(tmp_path):
+    content = json.dumps(toy()).replace('"auto"', "[" * 500 + "]" * 500, 1)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        InputError, match=r"config\.json is not the config of a run: .* expected text"
+    ):
+        config.saved_config(tmp_path)

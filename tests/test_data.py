@@ -178,7 +178,7 @@ def test_a_duplicate_video_is_named(tmp_path):
     video = json.dumps(entry())
     text = f'{{"database": {{"v": {video}, "w": {video}, "v": {video}}}}}'
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(evaluate.InputError, match=r"bad\.json .*duplicate key 'v'"):
+    with pytest.raises(InputError, match=r"bad\.json .*duplicate key 'v'"):
         data.load_annotations(str(tmp_path / "bad.json"))
 
 

@@ -35,6 +35,28 @@ def outcome_of(program, tmp_path, reference=None, content=b'{"a": 1}'):
     return steps[-1][:2]
 
 
+def test_what_is_valid_is_accepted_by_every_program(tmp_path):
+    """Else nothing would be tried behind the refusal."""
+    code = """if True:
+        import tempfile
+        from tests import fuzz
+        with tempfile.TemporaryDirectory() as base:
+            fuzz.make_inputs(base)
+            kinds = fuzz.list_kinds()
+            kinds["set"].mutate = lambda rng, content, path: (b'["seed=0"]', "nothing")
+            for name, kind in kinds.items():
+                if name != "set":
+                    kind.mutate = lambda rng, content, path: (content, "nothing")
+                kind.programs = [program._replace(share=1) for program in kind.programs]
+                steps = fuzz.attempt(kind, base, "0", fuzz.Bounds())
+                bad = [s for s in steps[1:] if s[1] not in ("running", "accepted")]
+                print("".join(f"{name}: {s}" + chr(10) for s in bad), end="")
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+
+
 def stop(message):
     return lambda: sys.exit(message)
 

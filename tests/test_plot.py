@@ -537,3 +537,15 @@ def test_numbers_as_text_and_letters_of_no_font_are_drawn(run):
     result = {"results": {"v0": [entry]}, "external_data": {"class_source": "x" * 10**5}}
     Path(run, "result.json").write_text(json.dumps(result))
     plot.timelines(run, log=lambda line: None)
+
+
+def test_names_that_no_file_can_have_are_refused_or_replaced(run):
+    for name in ("a\0b", "v\ud800"):
+        results = {name: [{"label": "jump", "score": 0.5, "segment": [1, 2]}]}
+        Path(run, "result.json").write_text(json.dumps({"results": results}))
+        if name == "a\0b":
+            plot.timelines(run, log=lambda line: None)
+            assert Path(run, "pictures/timeline_a_b.png").exists()
+        else:
+            with pytest.raises(InputError, match="cannot be written"):
+                plot.timelines(run, log=lambda line: None)

@@ -312,3 +312,16 @@ def test_a_foreign_module_is_named(change, tmp_path):
     torch.save([1] if change is None else content | change, tmp_path / "sola.pt")
     with pytest.raises(InputError, match=r"sola\.pt is not a module of stage sola"):
         SoLa.load(tmp_path / "sola.pt")
+
+
+def test_a_flipped_bit_in_a_module_is_found(tmp_path):
+    path = tmp_path / "sola.pt"
+    module = SoLa(4, hidden=8)
+    torch.save({"model": module.state_dict(), **module.sizes}, path)
+    assert SoLa.load(str(path)).sizes == module.sizes
+    content = bytearray(path.read_bytes())
+    at = content.index(module.f[0].weight.detach().numpy().tobytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"sola\.pt is not a module of stage sola \(BadZipFile"):
+        SoLa.load(str(path))

@@ -504,7 +504,7 @@ def timelines(run, videos=None, gt=None, frames=None, top=10, out=None, log=prin
             log(f"{video}: no frames in {frames}, drawn without a strip")
         if gt and not annotated:
             log(f"{video}: not in {gt}, drawn without ground truth")
-        name = video.replace(os.sep, "_")
+        name = video.replace(os.sep, "_").replace("\0", "_")
         picture = f"{out}/{name}.png" if out else f"{run}/pictures/timeline_{name}.png"
         options = {"name": video, "source": external.get("class_source"), "top": top}
         options["duration"] = known.get(video, {}).get("duration")
