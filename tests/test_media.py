@@ -343,7 +343,7 @@ def test_an_image_that_declares_too_many_pixels_is_refused_before_decoding(tmp_p
     content = jpeg(90)
     at = content.index(b"\xff\xc0") + 5
     (tmp_path / "a.jpg").write_bytes(content[:at] + b"\xea\x60" * 2 + content[at + 4 :])
-    with pytest.raises(InputError, match=r"a.jpg is not a valid JPEG image \(more than \d+ pixels"):
+    with pytest.raises(InputError, match=r"a.jpg is not a valid JPEG image \(more than .* pixels"):
         media.open_media(f"{tmp_path}/a.jpg").read([0])
 
 
