@@ -451,14 +451,14 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
     """Return the features that the head sees, training in windows; raw: what SoLa sees."""
     source = feature_source(cfg, run, raw)
     videos = load_videos(cfg, split, source, "features", log)
-    dataset = data.FeatureDataset(videos, source, data.class_names(videos))
+    in_windows = cfg.data.windows and split == "train" and not raw
+    window = cfg.video.snippets if in_windows else None
+    dataset = data.FeatureDataset(videos, source, data.class_names(videos), window)
     L, C = dataset.num_snippets(0), dataset.channels
     log(f"{split}: features of {len(videos)} videos, in the first {L} snippets x {C} channels")
     if C == cfg.video.snippets != L:
         log(f"{split}: are there {C} snippets of {L} channels? files must hold (L, C): transpose")
-    if raw or split == "val" or not cfg.data.windows:
-        return dataset
-    return data.WindowDataset(dataset, cfg.video.snippets)
+    return dataset
 
 
 def subsequences(cfg, features, ddp):

@@ -704,13 +704,15 @@ def _check_feature_info(content):
 
 
 class FeatureDataset:
-    """Videos as features: dataset[index, fidelity] -> {"name", "features" (C, L) float32,
-    "segments" (N, 2), "labels" (N,), "target" (n,) class distribution}.
+    """Videos as features: dataset[index, fidelity] -> {"name", "features" (C, L) float32} and
+    targets_of its segments.
 
-    source: a folder or HDF5 file, or a list of them, whose channels are put side by side.
+    source: a folder or HDF5 file, or a list of them, whose channels are put side by side. window:
+    the samples are windows of so many snippets that have a segment, at the features' own rate, zero
+    beyond the end of a short video; None: whole videos.
     """
 
-    def __init__(self, videos: list[Video], source, classes: list[str] = ()):
+    def __init__(self, videos: list[Video], source, classes: list[str] = (), window=None):
         self.videos = videos
         self.classes = list(classes)
         self.paths = []  # of each source, of each video
@@ -722,6 +724,10 @@ class FeatureDataset:
             self.paths.append([found[name] for name in names])
         self.widths = [read_features(paths[0], False).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
+        self.window = window
+        if window:
+            self.counts = [self.num_snippets(i) for i in range(len(videos))]
+            self.items = windows_with_segments(videos, self.counts, window)
 
     def _open(self, k, index):
         path = self.paths[k][index]
@@ -732,7 +738,9 @@ class FeatureDataset:
         return x, path
 
     def subset(self, indices) -> "FeatureDataset":
+        """Return the data set of some of the videos, each as a whole."""
         other = copy.copy(self)
+        other.window = None
         other.videos = [self.videos[i] for i in indices]
         other.paths = [[paths[i] for i in indices] for paths in self.paths]
         return other
@@ -741,7 +749,7 @@ class FeatureDataset:
         """Do nothing: there is no augmentation."""
 
     def __len__(self):
-        return len(self.videos)
+        return len(self.items if self.window else self.videos)
 
     def num_snippets(self, index: int) -> int:
         """Return how many snippets a video has on disk, in the first source."""
@@ -762,9 +770,17 @@ class FeatureDataset:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __getitem__(self, pair):
-        video = self.videos[pair[0]]
-        features = self.features(pair[0], pair[1].snippets)
-        return {"name": video.name, "features": features} | targets_of(*video.actions, self.classes)
+        index, fidelity = pair
+        if self.window:
+            i, first = self.items[index]
+            x = self.features(i, rows=slice(first, first + self.window))
+            x = pad(x, (0, self.window - x.shape[1]))
+            actions = clip_to_window(*self.videos[i].actions, self.counts[i], first, self.window)
+        else:
+            i = index
+            x = self.features(i, fidelity.snippets)
+            actions = self.videos[i].actions
+        return {"name": self.videos[i].name, "features": x} | targets_of(*actions, self.classes)
 
     def statistics(self, max_videos: int = 2000) -> tuple[torch.Tensor, ...]:
         """Return mean and deviation of snippets, and the deviation of videos' means: three (C,),
@@ -855,28 +871,6 @@ def windows_with_segments(videos, counts, length):
     if not found:
         raise InputError(f"no window of {length} snippets (video.snippets) holds half a segment")
     return found
-
-
-class WindowDataset(FeatureDataset):
-    """Windows of `length` snippets with a segment, over a FeatureDataset at its own rate: training
-    samples as those of FeatureDataset, zero beyond the end of a short video."""
-
-    def __init__(self, dataset: FeatureDataset, length: int):
-        vars(self).update(vars(dataset))
-        self.length = length
-        self.counts = [self.num_snippets(i) for i in range(len(self.videos))]
-        self.items = windows_with_segments(self.videos, self.counts, length)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, pair):
-        i, first = self.items[pair[0]]
-        video = self.videos[i]
-        actions = clip_to_window(*video.actions, self.counts[i], first, self.length)
-        x = self.features(i, rows=slice(first, first + self.length))
-        sample = {"name": video.name, "features": pad(x, (0, self.length - x.shape[1]))}
-        return sample | targets_of(*actions, self.classes)
 
 
 # ----------------------------------------------------------------------------------------- loading

@@ -46,7 +46,7 @@ def test_training_takes_windows_with_segments_and_detection_all_windows(tmp_path
     videos = [make_video("a", 20.0, [(0.0, 2.0)], "x"), make_video("b", 5.0)]
     source = write_features(tmp_path / "f", {"a": 20, "b": 5})
     features = data.FeatureDataset(videos, source, ["x"])
-    train = data.WindowDataset(features, 8)
+    train = data.FeatureDataset(videos, source, ["x"], window=8)
     full = data.Fidelity("full", 8, 0)
     assert len(train) == 1 and train.items == [(0, 0)]
     window = train[0, full]
@@ -60,9 +60,8 @@ def test_training_takes_windows_with_segments_and_detection_all_windows(tmp_path
     short, _ = data.cut_windows(features[1, data.NATIVE]["features"], 8)
     assert short.shape == (1, 3, 8)
     assert short[0, 0].tolist() == [0.0, 3.0, 6.0, 9.0, 12.0, 0.0, 0.0, 0.0]
-    without = data.FeatureDataset(videos[1:], write_features(tmp_path / "g", {"b": 5}), ["x"])
     with pytest.raises(data.InputError, match="no window of 8 snippets"):
-        data.WindowDataset(without, 8)
+        data.FeatureDataset(videos[1:], source, ["x"], window=8)
 
 
 def test_windows_over_sources_of_two_rates(tmp_path):
@@ -75,7 +74,7 @@ def test_windows_over_sources_of_two_rates(tmp_path):
     assert windows.shape == (4, 2, 8)
     assert windows[3, 0].tolist() == list(range(12, 20))
     torch.testing.assert_close(windows[2, 1], (torch.arange(8, 16) + 0.5) / 2 - 0.5)
-    trained = data.WindowDataset(features, 8)
+    trained = data.FeatureDataset(videos, [fast, slow], ["x"], window=8)
     assert trained.items == [(0, 4), (0, 8), (0, 12)]
     assert torch.equal(trained[1, None]["features"], windows[2])
 
