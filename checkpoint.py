@@ -108,13 +108,14 @@ def seconds_of(path):
     return seconds if isinstance(seconds, (int, float)) else 0.0
 
 
-def remove_stale_parts(folder):
-    """Remove what killed processes of this program were writing in this folder of ours."""
-    host = re.escape(platform.node())
+def remove_stale_parts(folder, host=""):
+    """Remove what killed processes of this program were writing in this folder of ours: files of a
+    run, or with `host`, as in write_atomic, frame ZIPs that this machine prepared."""
+    kinds = "zip" if host else "json|jsonl|npy|npz|pt"
+    name = re.compile(rf".+\.({kinds})\.part-{re.escape(host)}(\d+)")
     for part in list(pathlib.Path(folder).rglob("*.part-*")):
-        name = rf".+\.(json|jsonl|npy|npz|pt|zip)\.part-({host}-)?(\d+)"
-        ours = re.fullmatch(name, part.name)
-        if ours and not is_alive(int(ours[3])):
+        ours = name.fullmatch(part.name)
+        if ours and not is_alive(int(ours[2])):
             part.unlink()
 
 
@@ -192,7 +193,7 @@ class Progress:
             load_optimizer(self.optimizer, saved["optimizer"])
             self.epoch, self.step = int(saved["epoch"]), int(saved["step"])
             self.sums = {term: float(total) for term, total in saved["sums"].items()}
-            self.history = [*json.loads(json.dumps(saved["history"]))]
+            self.history = [*json.loads(json.dumps(saved["history"]))]  # else no JSON: TypeError
             self.started -= saved["seconds"]
         except DAMAGE as error:
             words = f"{self.path} is not a checkpoint of this training ({str(error)[:200]})"

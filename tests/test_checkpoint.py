@@ -385,6 +385,7 @@ def test_only_parts_of_dead_processes_are_removed(tmp_path):
     dead.wait()
     (tmp_path / "features").mkdir()
     names = [f"v.npy.part-{dead.pid}", f"w.npy.part-{os.getpid()}", "x.part-y", "y.npy"]
+    names.append(f"film.zip.part-{dead.pid}")
     for name in names:
         (tmp_path / "features" / name).write_text("half")
     checkpoint.remove_stale_parts(tmp_path)

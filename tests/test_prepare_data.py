@@ -198,10 +198,13 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path):
         f"v.zip.part-{host}-{os.getpid()}": True,
         f"v.zip.part-elsewhere-{dead.pid}": True,
         f"lecture.part-{dead.pid}": True,
+        # Not made here: a split archive, somebody's notes.
+        f"film.zip.part-{dead.pid}": True,
+        f"notes.json.part-{dead.pid}": True,
     }
     for name in stays:
         (tmp_path / name).touch()
-    prepare_data.remove_stale_parts(tmp_path)
+    prepare_data.remove_stale_parts(tmp_path, prepare_data.HOST)
     assert {name: (tmp_path / name).exists() for name in stays} == stays
 
 

@@ -26,6 +26,8 @@ from data import first_names, load_annotations
 from media import InputError
 from tools.jobs import available_cores, run_jobs
 
+HOST = f"{platform.node()}-"  # several machines may write to one folder
+
 
 def write_frame_zip(file, info, jpegs):
     """Write a ZIP of JPEG frames, as media.py describes it: the same frames give the same bytes.
@@ -105,8 +107,7 @@ def prepare_video(path, target, settings):
         "short_sides": short_sides,
         "bytes": [[len(jpeg) for jpeg in frames.values()] for frames in jpegs],
     }
-    host = f"{platform.node()}-"
-    write_atomic(target, lambda file: write_frame_zip(file, info, jpegs), host)
+    write_atomic(target, lambda file: write_frame_zip(file, info, jpegs), HOST)
     return info["note"]
 
 
@@ -139,7 +140,7 @@ def prepare(videos, out, settings, workers, log=print):
     """
     try:
         os.makedirs(out, exist_ok=True)
-        remove_stale_parts(out)
+        remove_stale_parts(out, HOST)
         if not os.access(out, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:
