@@ -164,9 +164,19 @@ def _kind(value):
     return _KINDS.get(type(value))
 
 
+def _kinds(name, default):
+    """Return the kinds of values that a key may have, the usual one first."""
+    if name in NULL_OR_NUMBER:
+        return [_kind(0), "null"]
+    if default is None or isinstance(default, str):
+        lists = [_kind([]), _kind([""])] if name == "data.features" else []
+        return [_kind(""), "null", *lists]
+    return [_kind(default), _kind([])] if isinstance(default, list) else [_kind(default)]
+
+
 def merge(base, changes, where="", kinds=None):
     """Return a new Config: `base` with `changes` in it; InputError for a key that base lacks, or a
-    value of another kind than in `kinds` (default: base); null there: text or a NULL_OR_NUMBER."""
+    value of another kind than in `kinds` (default: base)."""
     kinds = base if kinds is None else kinds
     merged = Config({k: merge(v, {}) if isinstance(v, dict) else v for k, v in base.items()})
     for key, value in changes.items():
@@ -174,11 +184,9 @@ def merge(base, changes, where="", kinds=None):
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise InputError(f"unknown config key {where}{key}; did you mean {where}{near}?")
         default, name = kinds[key], f"{where}{key}"
-        like = [0 if name in NULL_OR_NUMBER else "" if default is None else default]
-        like += [None] if isinstance(like[0], str) or default is None else []
-        like += [[], [""]] if name == "data.features" else [[]] * isinstance(default, list)
-        if _kind(value) not in map(_kind, like):
-            raise InputError(f"config key {name} is {str(value)[:80]!r}, expected {_kind(like[0])}")
+        expected = _kinds(name, default)
+        if _kind(value) not in expected:
+            raise InputError(f"config key {name} is {str(value)[:80]!r}, expected {expected[0]}")
         if isinstance(value, dict):
             value = merge(base[key], value, f"{where}{key}.", default)
         elif isinstance(default, int) and isinstance(value, float) and value.is_integer():

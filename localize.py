@@ -20,7 +20,6 @@ A video is encoded as in stage features: L snippets, evenly spread, in an hour 3
 
 import argparse
 import importlib.util
-import itertools
 import os
 import signal
 import subprocess
@@ -167,8 +166,11 @@ def table(detections, most=10):
 def unique_name(path, taken):
     """Return the name of a file, made unlike those of other files in {name: path} `taken`."""
     stem = os.path.basename(path if os.path.isdir(path) else os.path.splitext(path)[0])
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if taken.get(name, path) == path)
+    name, number = stem, 1
+    while taken.get(name, path) != path:
+        number += 1
+        name = f"{stem}-{number}"
+    return name
 
 
 def previous_results(path, run):
