@@ -278,6 +278,8 @@ class Localizer(nn.Module):
     def proposals(self, x):
         """Return segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), and the logits."""
         *outputs, logits = self(x)
+        if not all(output.isfinite().all() for output in outputs):
+            raise InputError("the head gives NaN or infinity: weights or features are damaged")
         boundary_scores = isinstance(self.head, bmn.BMN)
         return *gtad.decode(*outputs, boundary_scores=boundary_scores), logits
 

@@ -369,3 +369,12 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu(options):
     model.float()
     terms, _ = step(model, batch, ddp=Distributed(0, 1, torch.device("cuda")), **options)
     assert terms["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.1)
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = Localizer("gtad", SIZES, channels=8, classes=["a", "b"]).eval()
+    x = torch.randn(1, 8, 6)
+    assert len(model.proposals(x)) == 4
+    next(model.head.parameters()).data.fill_(torch.nan)
+    with pytest.raises(InputError, match="the head gives NaN or infinity"):
+        model.proposals(x)
