@@ -461,8 +461,12 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
     return data.WindowDataset(dataset, cfg.video.snippets)
 
 
-def subsequences(cfg, features, ddp):
+def subsequences(cfg, datasets, ddp):
     """Return SoLa's training data, and its options with a batch size that repeats none of them."""
+    features = datasets[0]
+    C, val_C = (dataset.channels for dataset in datasets)
+    if val_C != C:
+        raise InputError(f"features have {C} channels in training, {val_C} in validation")
     length, draws = cfg.sola.subsequence, cfg.sola.subsequences_per_video
     dataset = data.SubsequenceDataset(features, length, per_video=draws, seed=cfg.seed)
     if short := dataset.left_out:
