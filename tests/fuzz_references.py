@@ -139,7 +139,11 @@ def weights(content):
     state, valid = torch.load(io.BytesIO(content), weights_only=True), torch.load("before")
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(content)) as archive:
         expect(archive.testzip() is None, "check sums")
-    shapes = [{key: x.shape for key, x in s["model"].items()} for s in (state, valid)]
+    # A single number is one in either shape; DDP and DataParallel write module. before a name.
+    shapes = [
+        {key.removeprefix("module."): x.shape or (1,) for key, x in s["model"].items()}
+        for s in (state, valid)
+    ]
     expect(shapes[0] == shapes[1], "shapes")
     expect(all(x.isfinite().all() for x in state["model"].values()), "finite")
 
