@@ -463,12 +463,10 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
 
 def subsequences(cfg, datasets, ddp):
     """Return SoLa's training data, and its options with a batch size that repeats none of them."""
-    features = datasets[0]
-    C, val_C = (dataset.channels for dataset in datasets)
-    if val_C != C:
-        raise InputError(f"features have {C} channels in training, {val_C} in validation")
+    if len(widths := dict.fromkeys(dataset.channels for dataset in datasets)) > 1:
+        raise InputError("features have {} channels in training, {} in validation".format(*widths))
     length, draws = cfg.sola.subsequence, cfg.sola.subsequences_per_video
-    dataset = data.SubsequenceDataset(features, length, per_video=draws, seed=cfg.seed)
+    dataset = data.SubsequenceDataset(datasets[0], length, per_video=draws, seed=cfg.seed)
     if short := dataset.left_out:
         names = data.first_names(short)
         ddp.log(f"sola: {len(short)} videos are shorter than {length} snippets, left out: {names}")

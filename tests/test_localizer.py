@@ -327,7 +327,9 @@ def test_build_encoder_gives_each_network_its_own_sizes():
         localizer.build_encoder("r9d")
 
 
-@pytest.mark.parametrize("change", [{"classes": 3}, {"model": {}}, {"model": 1}, {"foreign": 1}])
+@pytest.mark.parametrize(
+    "change", [{"classes": 3}, {"classes": [5]}, {"model": {}}, {"model": 1}, {"foreign": 1}]
+)
 def test_a_foreign_head_is_named(change, tmp_path):
     sizes = {"hidden": 8, "map_hidden": (8, 4), "groups": 1, "samples": 2}
     model = Localizer("bmn", sizes, 4, ["jump"])
