@@ -139,9 +139,14 @@ def weights(content):
     state, valid = torch.load(io.BytesIO(content), weights_only=True), torch.load("before")
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(content)) as archive:
         expect(archive.testzip() is None, "check sums")
-    # A single number is one in either shape; DDP and DataParallel write module. before a name.
+    # A single number is one in either shape, counts of batches are not used, and DDP writes
+    # module. before a name.
     shapes = [
-        {key.removeprefix("module."): x.shape or (1,) for key, x in s["model"].items()}
+        {
+            key.removeprefix("module."): x.shape or (1,)
+            for key, x in s["model"].items()
+            if not key.endswith("num_batches_tracked")
+        }
         for s in (state, valid)
     ]
     expect(shapes[0] == shapes[1], "shapes")
