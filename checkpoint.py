@@ -291,9 +291,9 @@ def load_optimizer(optimizer, saved):
     optimizer.param_groups[0]["lr"] = float(saved["param_groups"][0]["lr"])  # of the last step
     first = next(iter(optimizer.state.values()), {})
     for p, slots in optimizer.state.items():
-        dense = [x.is_floating_point() and not x.is_sparse for x in slots.values() if x is not None]
-        shapes = {x.shape for x in slots.values() if x is not None}
-        if slots.keys() != first.keys() or shapes - {p.shape, ()} or not all(dense):
+        tensors = [x for x in slots.values() if x is not None]
+        fit = all(x.shape in (p.shape, ()) and x.is_floating_point() for x in tensors)
+        if slots.keys() != first.keys() or not fit or not all(x.isfinite().all() for x in tensors):
             raise ValueError("its optimizer has another state")
 
 

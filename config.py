@@ -469,10 +469,12 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
     return dataset
 
 
-def subsequences(cfg, features, ddp):
+def subsequences(cfg, datasets, ddp):
     """Return SoLa's training data, and its options with a batch size that repeats none of them."""
+    if len(widths := dict.fromkeys(dataset.channels for dataset in datasets)) > 1:
+        raise InputError("features have {} channels in training, {} in validation".format(*widths))
     length, draws = cfg.sola.subsequence, cfg.sola.subsequences_per_video
-    dataset = data.SubsequenceDataset(features, length, per_video=draws, seed=cfg.seed)
+    dataset = data.SubsequenceDataset(datasets[0], length, per_video=draws, seed=cfg.seed)
     if short := dataset.left_out:
         names = data.first_names(short)
         ddp.log(f"sola: {len(short)} videos are shorter than {length} snippets, left out: {names}")

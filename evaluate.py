@@ -410,9 +410,7 @@ def load_json(path, what="content"):
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        hint = (
-            "" if str(path).endswith(".json") else "; tools.check_data --json makes it of a table"
-        )
+        hint = "; tools.check_data --json makes it of a table" * (not str(path).endswith(".json"))
         raise InputError(f"{path} cannot be read as JSON: {error}{hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected {what} as a JSON object, got {type(content).__name__}")

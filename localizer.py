@@ -249,7 +249,8 @@ class Localizer(nn.Module):
         """Return the model that stage head saved, and what it saved beside."""
         saved = {"seconds": 0.0, "trained_on": None} | tsm.load_state(path)
         try:
-            model = cls(head, sizes, channels, saved["classes"], per_segment=per_segment)
+            names = [name + "" for name in saved["classes"]]  # a TypeError unless they are text
+            model = cls(head, sizes, channels, names, per_segment=per_segment)
             model.load_state_dict(saved["model"])
         except checkpoint.DAMAGE as error:
             words = f"{path} is not a {head} of the config's sizes for {channels} channels"
@@ -278,6 +279,8 @@ class Localizer(nn.Module):
     def proposals(self, x):
         """Return segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), and the logits."""
         *outputs, logits = self(x)
+        if not all(output.isfinite().all() for output in outputs):
+            raise InputError("the head gives NaN or infinity: weights or features are damaged")
         boundary_scores = isinstance(self.head, bmn.BMN)
         return *gtad.decode(*outputs, boundary_scores=boundary_scores), logits
 

@@ -180,7 +180,7 @@ def sola_stage(cfg, run, ddp):
     model = sola.SimilarityMatching(module, predictor, *similarity)
     if cfg.sola.standardize:
         module.mean[:], module.std[:], _ = datasets[0].statistics()
-    subsequences, options = config.subsequences(cfg, datasets[0], ddp)
+    subsequences, options = config.subsequences(cfg, datasets, ddp)
     step = partial(sola.similarity_step, autocast=ddp.autocast)
     seconds = train(model, subsequences, [data.NATIVE], step, "sola", options, cfg, ddp)
     module.eval().requires_grad_(False)

@@ -179,7 +179,7 @@ def num_pixels(jpeg: Tensor) -> int:
 def positive(info, *keys):
     """Return these values of a video.json. Raises ValueError unless they are numbers above 0."""
     values = [info[key] for key in keys]
-    if not all(isinstance(x, (int, float)) and 0 < x < float("inf") for x in values):
+    if not all(isinstance(x, (int, float)) and 0 < x < 2**53 for x in values):
         raise ValueError(f"expected numbers above 0 as {', '.join(keys)}, got {values}")
     return values
 
@@ -279,7 +279,7 @@ class FrameZip(JpegFrames):
         except (*DAMAGE, TypeError, IndexError) as error:
             problem = f"not a valid ZIP of frames ({error})"
             raise InputError(f"{path} is {problem}; prepare this video again") from None
-        self.note = info.get("note")
+        self.note = str(info["note"]) if info.get("note") else None
         prepared = info.get("prepared")
         self.prepared = prepared if isinstance(prepared, dict) else None
 

@@ -43,6 +43,7 @@ SETTINGS += ["sola.subsequences_per_video=1", "log_every=1"]
 VIDEO = "toy_00003"  # of the validation subset
 TRUTH = "data/annotations.json"
 ZIP = f"data/frames/{VIDEO}.zip"
+TABLES = f"{config.HERE}/tests/tables"
 MAPS = "run/sola/similarity.npz"
 
 # All stages; a head on features that lie elsewhere.
@@ -90,9 +91,19 @@ def make_base():
     contents |= {"scores": dict.fromkeys(val, scores)}
     contents["columns"] = {**cuhk, "class": {"turn": 1, "jump": 0}}
     contents["new"] = contents["tiny"] = config.load_config(TOY, [*SETTINGS, *QUICK])
-    contents["set"] = config.flatten(contents["new"])
+    contents["flat"] = config.flatten(contents["new"])
     for name, content in contents.items():
         checkpoint.save_json(content, f"{name}.json")
+    with open("set.json", "w") as file:
+        json.dump(["seed=0"], file)
+    rows = [
+        f"{name},{a['segment'][0]},{a['segment'][1]},{a['label']},{video['subset']}"
+        for name, video in database.items()
+        for a in video["annotations"]
+    ]
+    shutil.copytree(TABLES, "tables")
+    with open("tables/plain.csv", "w") as file:
+        file.write("\n".join(["video,start,end,label,subset", *rows, ""]))
     make_media()
 
 
@@ -133,6 +144,15 @@ def by_words(program):
     with open("set.json") as file:
         words = [word for word in json.load(file) if word]
     program("--cfg", "new.json", "--set", *words)
+
+
+def read_tables():
+    """Check all tables of annotations; train by the one that is of the toy data."""
+    for path in sorted(glob.glob("tables/*")):
+        with config.one_line_errors("data"):
+            data.load_annotations(path)
+    check("--annotations", "tables/plain.csv", "--features", "feats", "--json", "from_table.json")
+    start(*QUICK, "data.annotations=tables/plain.csv")
 
 
 def read_clips(source):
@@ -246,6 +266,7 @@ def json_kinds():
         references.annotations,
         check_data=(1, check, "--annotations", TRUTH, "--features", "feats"),
         lofi_tal=(1, start, *QUICK),
+        head=(0.2, start, *QUICK, "data.features=feats.h5", "out=other"),
         evaluate=(1, score, "--ar"),
         plain_prepare=(0.3, prepare, "--annotations", TRUTH),
         plain_clips=(0.3, read_clips, TRUTH),
@@ -320,6 +341,7 @@ def run_kinds():
 def list_kinds():
     """Return {name: Kind} of all."""
     feats = ["feats/toy_00000.npy", f"feats/{VIDEO}.npy"]
+    tables = ["tables/plain.csv", *(f"tables/{name}" for name in sorted(os.listdir(TABLES)))]
     acp = ["stages=[pretrain]", "pretrain.acp.source=clips.csv", "out=new"]
     folder = [f"folders/{VIDEO}/{name}" for name in ("video.json", "000000.jpg", "000003.jpg")]
     kinds = {
@@ -345,6 +367,7 @@ def list_kinds():
             localize=(1, find, f"folders/{VIDEO}"),
             plain_prepare=(1, prepare),
         ),
+        "tables": kind_of(tables, m.mutate_table, tables=(1, read_tables)),
         "csv": kind_of(
             ["clips.csv"],
             m.mutate_csv,

@@ -61,7 +61,8 @@ def mutate_tree(rng, tree):
     kinds = ["replace", "replace", "replace", "drop", "rename", "twice", "deep", "number"]
     kind = rng.choice(kinds)
     if kind == "number" and isinstance(container[key], (int, float)):
-        container[key] *= rng.choice([-1, 0, 1.5, 1e6, 1e-6])
+        with contextlib.suppress(OverflowError):
+            container[key] *= rng.choice([-1, 0, 1.5, 1e6, 1e-6])
     elif kind == "drop":
         del container[key]
     elif kind == "deep":
@@ -120,8 +121,9 @@ YAML += ["a: b: c", "&a [&b [*a, *a], *b]", "#", "\t", "a\n  b\n c", str(2**63),
 
 
 def mutate_set(rng, content, path=None):
-    """Make up --set key=value words, for the keys of a config, {key: value}."""
-    flat = json.loads(content)
+    """Make up --set key=value words, for the keys of a config."""
+    with open("flat.json") as file:
+        flat = json.load(file)
     blocks = sorted({key.rpartition(".")[0] for key in flat})
     keys = [*flat, *flat, *blocks, "x", "lofi.x", "a.b.c", ".", ""]
     words = []
@@ -317,6 +319,50 @@ def mutate_csv(rng, content, path=None):
         rng.shuffle(rows)
     text = rng.choice(["\n"] * 9 + ["\r", "\r\n", "\n\n"]).join(map(",".join, rows))
     text = text.replace(",", rng.choice([","] * 15 + [";", "\t"]))
+    encoding = rng.choice(["utf-8"] * 9 + ENCODINGS)
+    return text.encode(encoding, "surrogatepass"), f"cells, {encoding}"
+
+
+def mutate_table(rng, content, path=None):
+    """Change cells of a table of annotations, or its bytes."""
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, content)
+    mark = "\t" if b"\t" in content else ","
+    rows = [line.split(mark) for line in content.decode().splitlines()]
+    cells = [
+        "",
+        "-1",
+        "nan",
+        "1e400",
+        "x",
+        '"',
+        "x" * 200_000,
+        "\0",
+        "\ud800",
+        "1:30",
+        "0:0:0:1",
+        "3",
+    ]
+    cells += [
+        "STOP",
+        "START",
+        "[1, 2]",
+        "{",
+        '{"1": "a"}',
+        "[]",
+        "#",
+        "1,5",
+        "video",
+        "v.mp4",
+        "../up",
+    ]
+    for _ in range(rng.choice([1, 1, 2])):
+        row = rng.choice(rows) or [""]
+        i = rng.randrange(len(row))
+        row[i : i + rng.choice([0, 1, 1])] = rng.choice([[], *([cell] for cell in cells)])
+    if rng.random() < 0.2:
+        rows[rng.randrange(len(rows))] = rng.choice(rows)
+    text = rng.choice(["\n"] * 9 + ["\r", "\n\n"]).join(map(mark.join, rows))
     encoding = rng.choice(["utf-8"] * 9 + ENCODINGS)
     return text.encode(encoding, "surrogatepass"), f"cells, {encoding}"
 

@@ -291,3 +291,9 @@ def test_wrong_arguments_are_one_line_each(messy, tmp_path):
     for message, arguments in messages.items():
         with pytest.raises(SystemExit, match=rf"^tools\.check_data: .*{message}"):
             main(arguments)
+
+
+def test_letters_that_no_file_can_hold_are_listed_too(tmp_path):
+    path = str(tmp_path / "problems.txt")
+    check_data.write_problems([check_data.Problem("training", "v\ud800", "kind", "x")], path)
+    assert "training\tv?\tkind\tx" in (tmp_path / "problems.txt").read_text()

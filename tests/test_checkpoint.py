@@ -220,7 +220,7 @@ def test_a_foreign_checkpoint_is_named(change, tmp_path):
 
 @pytest.mark.parametrize(
     "slot",
-    [torch.zeros(2), [0.0], torch.zeros(1).to_sparse(), "lost"],
+    [torch.zeros(2), [0.0], torch.zeros(1).to_sparse(), torch.tensor([torch.nan]), "lost"],
 )
 def test_the_state_of_another_optimizer_is_named(slot, tmp_path):
     with pytest.raises(SystemExit):

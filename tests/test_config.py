@@ -1,5 +1,6 @@
 """config.py: reading, checking, and the folder of a run."""
 
+import argparse
 import glob
 import inspect
 import json
@@ -523,3 +524,9 @@ def test_a_saved_config_that_is_nested_deeply_is_named(tmp_path):
         InputError, match=r"config\.json is not the config of a run: .* expected text"
     ):
         config.saved_config(tmp_path)
+
+
+def test_features_of_another_width_in_validation_are_named():
+    datasets = [argparse.Namespace(channels=8), argparse.Namespace(channels=9)]
+    with pytest.raises(InputError, match="8 channels in training, 9 in validation"):
+        config.subsequences(toy(), datasets, None)

@@ -885,3 +885,10 @@ def test_a_batch_of_frames_stays_channels_last(tmp_path):
             assert torch.equal(frames[i], sample["frames"])
         single = data.collate(samples[:1])["frames"]
         assert single.data_ptr() == samples[0]["frames"].data_ptr()  # not copied
+
+
+@pytest.mark.parametrize("row", ["v\x00,1,2,jump", "v,1,2,ju\x1bmp", "v\x00,,,"])
+def test_control_characters_in_a_table_are_named(tmp_path, row):
+    (tmp_path / "a.csv").write_text(f"video,start,end,label\nw,1,2,jump\n{row}\n")
+    with pytest.raises(InputError, match=r"a\.csv .*(control characters|NUL)"):
+        data.load_annotations(str(tmp_path / "a.csv"))

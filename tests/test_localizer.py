@@ -327,7 +327,9 @@ def test_build_encoder_gives_each_network_its_own_sizes():
         localizer.build_encoder("r9d")
 
 
-@pytest.mark.parametrize("change", [{"classes": 3}, {"model": {}}, {"model": 1}, {"foreign": 1}])
+@pytest.mark.parametrize(
+    "change", [{"classes": 3}, {"classes": [5]}, {"model": {}}, {"model": 1}, {"foreign": 1}]
+)
 def test_a_foreign_head_is_named(change, tmp_path):
     sizes = {"hidden": 8, "map_hidden": (8, 4), "groups": 1, "samples": 2}
     model = Localizer("bmn", sizes, 4, ["jump"])
@@ -369,3 +371,12 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu(options):
     model.float()
     terms, _ = step(model, batch, ddp=Distributed(0, 1, torch.device("cuda")), **options)
     assert terms["loss"].item() == pytest.approx(whole["loss"].item(), rel=0.1)
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = Localizer("gtad", SIZES, channels=8, classes=["a", "b"]).eval()
+    x = torch.randn(1, 8, 6)
+    assert len(model.proposals(x)) == 4
+    next(model.head.parameters()).data.fill_(torch.nan)
+    with pytest.raises(InputError, match="the head gives NaN or infinity"):
+        model.proposals(x)

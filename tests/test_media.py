@@ -616,3 +616,21 @@ def test_what_a_zip_claims_is_bounded_before_it_is_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
         archive.writestr("video.json", json.dumps(info | {"prepared": 3}))
     assert media.open_media(f"{tmp_path}/v.zip").prepared is None
+
+
+@pytest.mark.parametrize("duration", [10**400, 1e300])
+def test_numbers_beyond_all_sense_are_refused(tmp_path, duration):
+    (tmp_path / "img_00001.jpg").write_bytes(jpeg(30))
+    (tmp_path / "video.json").write_text(json.dumps({"fps": 5, "duration_sec": duration}))
+    with pytest.raises(InputError, match="numbers above 0"):
+        media.open_media(tmp_path)
+
+
+def test_a_note_in_a_zip_is_text(frame_zip, tmp_path):
+    with zipfile.ZipFile(frame_zip) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    info = json.loads(entries["video.json"]) | {"note": [1, {"a": 2}]}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, content in (entries | {"video.json": json.dumps(info)}).items():
+            archive.writestr(name, content)
+    assert media.open_media(f"{tmp_path}/x.zip").note == "[1, {'a': 2}]"

@@ -355,7 +355,7 @@ def write_problems(problems, path):
                 raise InputError(f"{path} is not a list of problems: name another --problems")
     lines = [f"{MARK}: {len(problems)}"]
     lines += ["\t".join(" ".join(text.split()) for text in problem) for problem in problems]
-    write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode(errors="replace")))
 
 
 def find_sources(args):
