@@ -547,5 +547,5 @@ def test_names_that_no_file_can_have_are_refused_or_replaced(run):
             plot.timelines(run, log=lambda line: None)
             assert Path(run, "pictures/timeline_a_b.png").exists()
         else:
-            with pytest.raises(InputError, match="cannot be written"):
+            with pytest.raises(INPUT_ERRORS, match="cannot be written"):
                 plot.timelines(run, log=lambda line: None)
