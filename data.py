@@ -617,7 +617,7 @@ def _open_hdf5(path):
             yield file
     except ImportError:
         raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeError) as error:
         raise InputError(f"{path} is not a valid HDF5 file ({error})") from None
 
 

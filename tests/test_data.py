@@ -807,6 +807,8 @@ def test_links_of_a_damaged_hdf5_file_are_named(tmp_path):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["v"] = np.ones((3, 2), np.float32)
+    with pytest.raises(InputError, match=r"x\.h5 .*surrogates not allowed"):
+        data.find_features(f"{tmp_path}/x.h5", ["v", "\ud800"])
     content = (tmp_path / "x.h5").read_bytes()
     (tmp_path / "x.h5").write_bytes(content.replace(b"HEAP", b"HEAD"))
     with pytest.raises(InputError, match=r"x\.h5 is not a valid HDF5 file"):

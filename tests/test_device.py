@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import localize
 import lofi_tal
-from checkpoint import load_json
 from localizer import Distributed
 from tools.make_toy import Toy, make_toy
 
@@ -190,7 +189,8 @@ def test_no_stage_mixes_devices(tmp_path):
     assert process.wait() == 0, process.read(2)[-3000:]
     assert result_of(outs[1]) == result_of(outs[0])
     expected = localize.localize(localize.load(outs[0]), video)
-    assert load_json(f"{outs[1]}/localized.json") == expected
+    with open(f"{outs[1]}/localized.json") as file:
+        assert json.load(file) == expected
 
 
 if __name__ == "__main__":

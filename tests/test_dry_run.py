@@ -30,7 +30,8 @@ def test_every_config(path, capsys):
     if cfg.encoder.name != "tsm":
         small = [*SMALL, "encoder.width=4"]
     lines = lines_of(capsys, path, *small)
-    tasks = ["acp"] if "pretrain" in cfg.stages and cfg.pretrain.pretrained is None else []
+    trains = "pretrain" in cfg.stages and cfg.pretrain.pretrained is None
+    tasks = ["acp"] if trains and cfg.pretrain.method == "acp" else []
     fidelities = cfg.lofi.fidelities if {"lofi", "features"} & set(cfg.stages) else []
     starts = [*tasks, *fidelities] or ["stages"]
     assert [line.split(",")[0].split()[0] for line in lines] == starts

@@ -56,6 +56,7 @@ def run_all(capsys):
 
 
 def write_table(rows):
+    config.load_annotations.cache_clear()  # of the test before, by the same relative path
     with open("data/own/annotations.csv", "w", newline="") as file:
         csv.writer(file).writerows([["video", "start", "end", "label"], *rows])
 
