@@ -578,6 +578,16 @@ def test_every_container_gives_its_frames_at_their_times(
 
 
 @needs_ffmpeg
+def test_a_codec_without_a_decoder_is_named(tmp_path):
+    path = Path(encode(tmp_path / "v.mkv", flat([9] * 5)))
+    content = path.read_bytes()
+    assert content.count(b"V_MPEG4/ISO/ASP") == 1
+    path.write_bytes(content.replace(b"V_MPEG4/ISO/ASP", b"V_MPEGI/ISO/VVC"))
+    with pytest.raises(InputError, match=r"v\.mkv cannot be decoded \(.*no decoder for it\)"):
+        media.open_media(f"{path}").read([0])
+
+
+@needs_ffmpeg
 def test_a_video_that_cannot_be_sought_in_says_how_to_remux_it(tmp_path):
     write_video(f"{tmp_path}/v.flv", "flv", 0, "aac", 1, 0.3)
     with pytest.raises(InputError, match=r"v.flv cannot be sought in") as refused:
