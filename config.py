@@ -76,6 +76,7 @@ def one_line_errors(program):
     # Closed, as by `>&-`; what is opened here takes that place for good.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters of a name
     try:
@@ -381,6 +382,7 @@ def _check_files(cfg, values, todo):
     if kind == "frames" or (cfg.data.features and {"sola", "head"} & todo):
         for split in ("train", "val"):
             load_videos(cfg, split, cfg.data[kind], kind, log=lambda message: None)
+    seconds_of_features(cfg.data.features or ())  # detect counts them: their features.json is read
     # A finished encoder is read by the first stage that has to do with one.
     first = next((s for s in ("pretrain", "lofi", "features") if s in cfg.stages), None)
     readers = {"pretrain.init": "pretrain", "pretrain.pretrained": first}

@@ -106,7 +106,7 @@ def _parse_database(content):
             annotations = entry.get("annotations") or []
             labels = [annotation["label"] for annotation in annotations]
             pairs = [annotation["segment"] for annotation in annotations]
-            if any(media.CONTROL.search(str(word)) for word in (name, *labels)):
+            if any(media.UNSHOWN.search(str(word)) for word in (name, *labels)):
                 raise ValueError(f"control characters in its name or in labels {labels}")
             if duration <= 0 or math.isinf(duration) or not isinstance(entry["subset"], str):
                 raise ValueError(f"duration {duration}, subset {entry['subset']}")
@@ -355,11 +355,10 @@ def select_videos(
     lack = f"no {kind} in {' and '.join(map(str, sources))}"
     lacks = {lack: [name for name in names if name not in paths]}
     videos = [replace(v, path=paths[v.name]) for v in subsets[subset] if v.name in paths]
+    frame_paths = paths if kind == "frames" else media.find_media(frames or "", names)
     if any(math.isnan(video.duration) for video in videos):
-        known = {"paths": paths}
-        if kind == "features":
-            known = {"features": sources, "paths": media.find_media(frames or "", names)}
-        videos = fill_durations(videos, durations, **known)
+        known = sources if kind == "features" else ()
+        videos = fill_durations(videos, durations, known, frame_paths)
         lack = "no duration (set data.durations to a JSON {video: seconds})"
         lacks[lack] = [video.name for video in videos if math.isnan(video.duration)]
         videos = [video for video in videos if not math.isnan(video.duration)]
@@ -375,13 +374,16 @@ def select_videos(
         log(message)
     for video in [video for video in videos if settings and video.path.endswith(".zip")][:1]:
         path, first = video.path, media.FrameZip(video.path)
-        if not 0.9 < video.duration / first.duration < 1.1:
-            log(f"{subset}: {path} has {first.duration} s, but {video.duration} s are annotated")
         prepared = first.prepared or settings
         differs = {key: prepared.get(key) for key in settings} != settings
         if differs and len(first.kept) < first.num_frames:
             why = f"{path} was prepared for {prepared}, the config has {settings}"
             log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
+    for video in [video for video in videos if video.name in frame_paths][:1]:
+        path, seconds = frame_paths[video.name], video.duration
+        told = _media_duration(path) or seconds
+        if not 0.9 < seconds / told < 1.1:
+            log(f"{subset}: {path} has {told:g} s, {seconds:g} s are given: milliseconds?")
     total = sum(len(video.labels) for video in videos)
     if lost := total - sum(len(video.actions[1]) for video in videos):
         why = "cannot be used; `python -m tools.check_data` lists all problems"

@@ -45,7 +45,7 @@ PROGRAM_STREAMS = (".mpg", ".mpeg", ".vob")
 MPEG_STREAMS = (".ts", ".m2ts", ".mts", *PROGRAM_STREAMS)  # their clock begins anywhere
 UNSTAMPED = (".avi", ".mxf", *PROGRAM_STREAMS)  # their stamps, if any, are not those of B-frames
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # escapes, and what is not UTF-8
 
 # Beyond these, an image or an entry of a ZIP is not read: 8K, and a video.json of a day.
 MAX_PIXELS = 2**26
@@ -78,8 +78,8 @@ def open_media(path: str | os.PathLike) -> "JpegFrames | FrameZip | VideoFile":
     wrong with it, or None), .read and .decode. Raises InputError if it cannot be opened.
     """
     path = os.fspath(path)
-    if CONTROL.search(path):  # escape sequences would reach the terminal
-        raise InputError(f"{path!r} has control characters: rename it")
+    if UNSHOWN.search(path):
+        raise InputError(f"{path!r} has characters that no terminal shows: rename it")
     if not os.path.exists(path):
         raise InputError(f"no frames at {path}: no such file or folder")
     if os.path.isdir(path):
@@ -115,10 +115,7 @@ def find_media(folder, names=None, *, prepared=True, skip=None, log=None) -> dic
         stem, kind = (entry.name, "/") if entry.is_dir() else os.path.splitext(entry.name)
         if stem.startswith((".", "__MACOSX")) or kind.lower() not in kinds:
             continue
-        if CONTROL.search(stem):
-            if log:
-                log(f"{entry.path!r} has control characters and is left out: rename it")
-            continue
+        stem = repr(stem)[1:-1] if UNSHOWN.search(stem) else stem
         if kind != "/" or not skipped.startswith(f"{os.path.realpath(entry.path)}/"):
             found.setdefault(stem, []).append((kinds.index(kind.lower()), entry.path))
 
@@ -446,7 +443,7 @@ class VideoFile:
             try:
                 decoder = decoder or self._make_decoder(size)
                 frame = self._frame_at(decoder, index[k])
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 # After an error the state of a decoder is undefined.
                 decoder = None
                 seeks = self.can_seek
@@ -481,7 +478,7 @@ class VideoFile:
         try:
             for index in range(min(3, len(self.times))):
                 self._frame_at(self._make_decoder(), index)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the latter for a codec without a decoder
             return False
         return True
 
@@ -541,8 +538,6 @@ def scan_video(path):
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
         text, stem = _reason(error), os.path.splitext(path)[0]
-        if any("\udc80" <= letter <= "\udcff" for letter in path):
-            text = "its name is not UTF-8: rename it"
         problem = f"is not a valid video ({text}); download it again"
         if "No valid video stream" in text:
             problem = "has no video stream"

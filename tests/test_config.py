@@ -486,6 +486,11 @@ def test_a_run_on_a_table_is_the_run_on_the_same_json(tmp_path):
     assert scores[0].tolist() == [[1, 1]] * 3 and scores[1] == ["class 1", "class 0"]
     with pytest.raises(SystemExit, match=r"a\.csv cannot be read as JSON.*check_data --json"):
         evaluate.main(["--gt", f"{tmp_path}/a.csv", "--pred", f"{out}/result.json"])
+    # What the last stage will read is read before the first.
+    (tmp_path / "features.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"features\.json is not valid"):
+        lofi_tal.main(["--cfg", "configs/toy.yaml", "--set", *words, *more, f"out={tmp_path}/x"])
+    assert not os.path.exists(f"{tmp_path}/x")
 
 
 def test_the_config_says_how_a_table_is_split(tmp_path):

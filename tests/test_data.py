@@ -436,6 +436,8 @@ def test_durations_that_annotations_lack_come_from_elsewhere(tmp_path):
     (tmp_path / "d.json").write_text('{"v_v": "10", "w": 20}')
     videos = select(features, "features", durations=str(tmp_path / "d.json"))
     assert [v.duration for v in videos] == [10, 20]
+    select(features, "features", durations=str(tmp_path / "d.json"), frames=str(frames))
+    assert "v.zip has 4 s, 10 s are given: milliseconds?" in logged[-1]
     for content in ("[]", '{"v": null}'):
         (tmp_path / "d.json").write_text(content)
         with pytest.raises(InputError, match=r"d\.json is not valid"):

@@ -434,16 +434,10 @@ def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path):
     path = tmp_path / "a\x1b[31m.mp4"
     path.touch()
     (tmp_path / "b.mp4").touch()
-    told = []
-    assert list(find(tmp_path, log=told.append)) == ["b"] and len(told) == 1
-    for text in (told[0], *refusals(media.open_media, path)):
-        assert r"a\x1b[31m.mp4" in text and "rename it" in text and "\x1b" not in text
-
-
-def refusals(function, *args):
-    with pytest.raises(InputError) as refused:
-        function(*args)
-    return [str(refused.value)]
+    assert list(media.find_media(tmp_path)) == [r"a\x1b[31m", "b"]
+    for name in (path, b"bad\xff.mp4".decode(errors="surrogateescape")):
+        with pytest.raises(InputError, match=r"^'.*(x1b\[31m|udcff)\.mp4' has .*: rename it$"):
+            media.open_media(name)
 
 
 def test_of_two_video_files_the_one_that_is_used_is_told(tmp_path):
@@ -581,6 +575,16 @@ def test_every_container_gives_its_frames_at_their_times(
         times -= times[0] if times[0] < 0.1 else 0
         shown = np.searchsorted(times, seconds + 1e-6, side="right") - 1
         assert abs(found - shown.clip(0)).max() <= 1, (found, shown)
+
+
+@needs_ffmpeg
+def test_a_codec_without_a_decoder_is_named(tmp_path):
+    path = Path(encode(tmp_path / "v.mkv", flat([9] * 5)))
+    content = path.read_bytes()
+    assert content.count(b"V_MPEG4/ISO/ASP") == 1
+    path.write_bytes(content.replace(b"V_MPEG4/ISO/ASP", b"V_MPEGI/ISO/VVC"))
+    with pytest.raises(InputError, match=r"v\.mkv cannot be decoded \(.*no decoder for it\)"):
+        media.open_media(f"{path}").read([0])
 
 
 @needs_ffmpeg
