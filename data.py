@@ -238,14 +238,14 @@ def _add_row(database, begun, row, seconds):
     folder, name = os.path.split(path.replace("\\", "/"))
     stem, suffix = os.path.splitext(name)
     name = stem if suffix.lower() in (*media.VIDEO_SUFFIXES, ".zip", ".eaf") else name
-    if media.CONTROL.search(name):
+    if media.UNSHOWN.search(name):
         raise ValueError("control characters in a video's name")
     entry = database.setdefault(name, {"annotations": []})
     for key, value in {"folder": folder, "subset": row.get("subset")}.items():
         if value is not None and entry.setdefault(key, value) != value:
             raise ValueError(f"{key} {value!r} of video {name}, which had {entry[key]!r} before")
     for start, end, label in _actions_of_row(row, seconds, begun):
-        if not math.isfinite(start + end) or media.CONTROL.search(label):
+        if not math.isfinite(start + end) or media.UNSHOWN.search(label):
             raise ValueError("start and end must be finite, labels without control characters")
         entry["annotations"].append({"segment": [start, end], "label": label})
 

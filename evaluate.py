@@ -410,7 +410,8 @@ def load_json(path, what="content"):
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        hint = "; tools.check_data --json makes it of a table" * (not str(path).endswith(".json"))
+        is_json = str(path).endswith(".json")
+        hint = "" if is_json else "; tools.check_data --json makes it of a table"
         raise InputError(f"{path} cannot be read as JSON: {error}{hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected {what} as a JSON object, got {type(content).__name__}")
