@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from processes import ENV, Process
 
 import config
@@ -25,6 +26,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 # Other pages are linked to and have links of their own.
 LINKED = [*PAGES, "CHANGELOG.md", "reproduce/README.md", "benchmarks/README.md"]
 ALONE = {"tsm", "video_encoders", "gtad", "bmn", "sola", "evaluate", "media"}
+METHOD = "docs/method.md"  # has the BibTeX
 NO_KEYS = (".py", ".yaml", ".json", ".pt", ".md")
 FENCE = re.compile(r"^```(\w*) ?([\w/.]*)\n(.*?)^```$", re.S | re.M)
 
@@ -56,6 +58,33 @@ def test_readme_is_one_page():
 def test_readme_has_the_two_commands_of_the_ci():
     first, second = re.findall("^python3 -m venv.*", PAGES["README.md"], re.M)
     assert first.endswith("./train.sh") and second.endswith("python -m pytest -q")
+
+
+def test_workflows_run_what_readme_tells_on_the_python_that_it_needs():
+    steps = {}
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        (job,) = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+        steps[path.stem] = " ".join(step.get("run", "") for step in job["steps"])
+        versions = job.get("strategy", {}).get("matrix", {}).get("python-version")
+        assert versions in (None, ["3.10", "3.13"])
+    assert "grep '^python3 -m venv' README.md | tail -n 1" in steps["tests"]
+    assert ".ci/run" in steps["nightly"] and (ROOT / ".ci/run").exists()
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'requires-python = ">=3.10"' in project
+
+
+def test_the_version_and_what_is_required_stand_in_pyproject_alone():
+    version = re.search('^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert f"## {version}" in read("CHANGELOG.md")
+    assert not re.search("^version:", read("CITATION.cff"), re.M)
+    assert not list(ROOT.glob("*requirements*.txt")) and not (ROOT / "setup.py").exists()
+
+
+def test_citations_are_those_of_the_papers():
+    cited = yaml.safe_load(read("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    for paper in cited["references"]:
+        assert paper["url"] in PAGES["README.md"] and f"{{{paper['title']}}}" in read(METHOD)
 
 
 def test_a_page_of_docs_begins_with_a_title_and_what_it_answers():
