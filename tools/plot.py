@@ -45,7 +45,7 @@ BANDS = {"full": "#f3f3f3", "S": "#d6e8f5", "T": "#fbe3cf", "ST": "#dcefd9"}
 MEASURES = {"lr": "learning rate", "accuracy": "top-1 accuracy (%)"}
 MEASURES |= {"gradient_norm": "gradient norm", "gate": "gate tanh(alpha)"}
 MEASURES["spread"] = "spread of features"
-NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "peak_memory_gb"}
+NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "data_wait", "peak_memory_gb"}
 
 DPI = 150
 # A timeline in inches.
