@@ -164,13 +164,15 @@ class Progress:
 
     Below cfg.out/name the main process writes checkpoint.pt, with all that a resumed training
     needs, and metrics.jsonl, a line an epoch. In a terminal an epoch is a bar, elsewhere a line of
-    the log every cfg.log_every steps. `started` lies back as far as all starts together took.
+    the log every cfg.log_every steps; with cfg.tensorboard the same numbers are scalars, too.
+    `started` lies back as far as all starts together took.
     """
 
     def __init__(self, name, model, optimizer, sampler, options, cfg, ddp):
         self.folder, self.path = f"{cfg.out}/{name}", f"{cfg.out}/{name}/checkpoint.pt"
         self.model, self.optimizer, self.sampler, self.ddp = model, optimizer, sampler, ddp
-        self.epochs, self.log_every = options["epochs"], cfg.log_every
+        self.epochs, self.steps = options["epochs"], sampler.steps_per_epoch
+        self.log_every, self.tensorboard, self.writer = cfg.log_every, cfg.tensorboard, None
         self.epoch, self.step = 0, 0
         self.sums, self.history = {}, []
         self.started = self.last_save = time.monotonic()
@@ -204,6 +206,8 @@ class Progress:
     def save(self):
         """Write the checkpoint."""
         self.last_save = time.monotonic()
+        if self.writer:
+            self.writer.flush()
         if self.ddp.is_main:
             state = {key: getattr(self, key) for key in ("epoch", "step", "sums", "history")}
             state |= {"seconds": self.last_save - self.started, **self.metadata}
@@ -215,10 +219,24 @@ class Progress:
     def start_epoch(self):
         """Begin an epoch, or go on with it at step `step`."""
         self.title = f"{os.path.basename(self.folder)} {self.epoch + 1}/{self.epochs}"
-        self.first_step, self.epoch_started = self.step, time.monotonic()
-        steps = {"total": self.sampler.steps_per_epoch, "initial": self.step, "unit": "step"}
+        self.first_step, self.waited, self.epoch_started = self.step, 0.0, time.monotonic()
+        if self.tensorboard and self.ddp.is_main and self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # an extra: config.check asks for it
+
+            # A killed start may have written more steps than its checkpoint has: they come again.
+            next_step = self.epoch * self.steps + self.step + 1
+            self.writer = SummaryWriter(self.folder, purge_step=next_step)
         silent = not (self.ddp.is_main and sys.stderr.isatty())
-        self.bar = tqdm(desc=self.title, leave=False, disable=silent, **steps)
+        where = {"total": self.steps, "initial": self.step, "unit": "step"}
+        self.bar = tqdm(desc=self.title, leave=False, disable=silent, **where)
+
+    def batches(self, loader):
+        """Yield the batches of a loader; `wait` is how long this process waited for the last."""
+        asked = time.monotonic()
+        for batch in loader:
+            self.wait = time.monotonic() - asked
+            yield batch
+            asked = time.monotonic()
 
     def stop_if_bad(self, bad, names, loss, gradient_norm):
         """Raise InputError, with videos' names, if a process has numbers that are not finite."""
@@ -231,19 +249,19 @@ class Progress:
             )
 
     def end_step(self, losses):
-        """Count one step and its losses, {term: number}, and show them."""
+        """Count one step and its losses, {term: number}, and show them; "wait": see `batches`."""
+        self.waited += losses.pop("wait")
         for term, value in losses.items():
             self.sums[term] = self.sums.get(term, 0.0) + value
         self.step += 1
         self.bar.update()
-        last = self.sampler.steps_per_epoch
         first = (self.epoch, self.step) == (0, 1)  # it tells the memory that the stage will take
-        due = first or (self.step % self.log_every == 0 and self.step < last)
+        due = first or (self.step % self.log_every == 0 and self.step < self.steps)
         if due or not self.bar.disable:
-            _, line = self._measure(self.sampler.fidelity(self.epoch, self.step - 1).name)
+            _, line = self._measure(self.sampler.fidelity(self.epoch, self.step - 1).name, due)
             self.bar.set_postfix_str(line, refresh=False)
             if self.bar.disable:
-                self.ddp.log(f"{self.title}, step {self.step}/{last}: {line}")
+                self.ddp.log(f"{self.title}, step {self.step}/{self.steps}: {line}")
 
     def end_epoch(self):
         """Close an epoch: a line of the log and of metrics.jsonl, and a checkpoint."""
@@ -262,17 +280,26 @@ class Progress:
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             write_atomic(f"{self.folder}/metrics.jsonl", lambda file: file.write(lines.encode()))
 
-    def _measure(self, fidelity):
-        """Return the record of the epoch so far, and a line of it."""
-        seconds = time.monotonic() - self.epoch_started
-        videos = (self.step - self.first_step) * self.sampler.batch_size
+    def _measure(self, fidelity, due=True):
+        """Return the record of the epoch so far, and a line of it; if `due`, for TensorBoard, too.
+
+        data_wait: the share of the time in which processes wait for a batch.
+        """
+        seconds, steps = time.monotonic() - self.epoch_started, self.step - self.first_step
+        done = self.epoch * self.steps + self.step
         measures = {"lr": self.optimizer.param_groups[0]["lr"]}
         measures |= {term: total / self.step for term, total in self.sums.items()}
+        videos = steps * self.sampler.batch_size
         measures |= {"seconds": seconds, "videos_per_sec": videos / seconds}
+        measures["data_wait"] = self.waited / seconds
         measures["peak_memory_gb"] = peak_memory_gb(self.ddp.device)
         line = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+        left = (self.epochs * self.steps - done) * seconds / max(steps, 1)  # at this epoch's pace
+        if self.writer and due:
+            for name, value in {**measures, "hours_left": left / 3600}.items():
+                self.writer.add_scalar(name, value, done)
         record = {"epoch": self.epoch + 1, "fidelity": fidelity, **measures}
-        return record, f"fidelity {fidelity}, {line}"
+        return record, f"fidelity {fidelity}, {line}, {tqdm.format_interval(left)} left"
 
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

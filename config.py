@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -59,7 +60,7 @@ CLASS_SOURCES = {
 }
 
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
-FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every"}
+FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every", "tensorboard"}
 COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
 COST_KEYS |= {"features.chunk_snippets"}
 
@@ -332,6 +333,8 @@ def _rules(cfg, pending):
     yield "data.frames", cfg.data.frames or not reads_frames(cfg, pending), "a folder"
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
     yield "device", not no_gpu, "auto or cpu, as torch finds no GPU here"
+    words = "false: it is not installed, or pip install -e '.[tensorboard]'"
+    yield "tensorboard", not cfg.tensorboard or importlib.util.find_spec("tensorboard"), words
     names = ["full", *cfg.fidelities]
     words = f"a list of {', '.join(names)}"
     yield "lofi.fidelities", lofi.fidelities and all(f in names for f in lofi.fidelities), words
@@ -569,8 +572,7 @@ def check_inputs(cfg, run, pending, log):
             missing = missing or product
         elif missing:
             raise InputError(f"stage {stage} is done, but {missing} is missing: {remedy}")
-        begun = os.path.isdir(to_remove) and os.listdir(to_remove) != [os.path.basename(noted)]
-        if not os.path.exists(noted) or not (begun or os.path.isfile(to_remove)):
+        if not os.path.exists(noted) or not (is_begun(to_remove) or os.path.isfile(to_remove)):
             continue
         was, now = load_json(noted), stage_inputs(cfg, run, stage)
         for key in was.keys() | now.keys():
@@ -580,6 +582,13 @@ def check_inputs(cfg, run, pending, log):
                 log(f"stage {stage}: its features have other times than before, the same content")
             elif old != new:
                 raise InputError(f"stage {stage} is out of date: its {key} changed; {remedy}")
+
+
+def is_begun(folder):
+    """Return whether a run's or a stage's folder has more than a start from which nothing came."""
+    ours = ("config.json", "versions.json", "inputs.json", "lock", "events.out.tfevents.")
+    names = itertools.chain(*(names for _, _, names in os.walk(folder)))
+    return not all(name.startswith(ours) for name in names)
 
 
 def open_run(cfg, ddp, pending=tuple(STAGES)):
@@ -595,10 +604,7 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
     if foreign and not exists:
         raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
-    # Of a start from which nothing came.
-    ours = ("config.json", "versions.json", "inputs.json", "lock")
-    made = (name for _, _, names in os.walk(cfg.out) for name in names if not name.startswith(ours))
-    if exists and any(made):
+    if exists and is_begun(cfg.out):
         if lines := differences(old, cfg):
             title = f"{cfg.out} was created with a different config:"
             raise InputError("\n".join([title, *lines, remedy]))

@@ -72,7 +72,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
             dataset.set_epoch(epoch)
             sampler.set_epoch(epoch, progress.step)  # resumes here: step 0 but in the first epoch
             progress.start_epoch()
-            for i, batch in enumerate(loader, progress.step):
+            for i, batch in enumerate(progress.batches(loader), progress.step):
                 lr = checkpoint.learning_rate(options, epoch + i / sampler.steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -86,7 +86,7 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
 
                 # What one rank meets ends all: a bad step before it reaches weights, or a signal.
                 finite = torch.isfinite(losses["loss"] + norm)
-                flags = {"bad": ~finite, "stop": bool(signals.received)}
+                flags = {"bad": ~finite, "stop": bool(signals.received), "wait": progress.wait}
                 means = ddp.mean_of({**losses, "gradient_norm": norm, **flags})
                 progress.stop_if_bad(means.pop("bad"), batch["name"], losses["loss"], norm)
                 stop = means.pop("stop")

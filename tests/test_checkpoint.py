@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,12 +68,13 @@ def linear():
 def train(folder, at=None, make=linear, dataset=None, ddp=ALONE, workers=0, **changes):
     """Train make() in `folder`. at: {(epoch, step): action on the model, which may change a loss}.
 
-    changes: of OPTIONS, and checkpoint_sec.
+    changes: of OPTIONS, and checkpoint_sec and tensorboard.
     """
     torch.manual_seed(0)
     model = make()
     fields = {"seed": 0, "out": str(folder), "data": Config(workers=workers), "log_every": 2}
-    cfg = Config(fields, checkpoint_sec=changes.pop("checkpoint_sec", 60))
+    fields |= {"checkpoint_sec": 60, "tensorboard": False}
+    cfg = Config({key: changes.pop(key, value) for key, value in fields.items()})
     actions = {data.seed_of(0, "test", *place): action for place, action in (at or {}).items()}
 
     def step(net, batch, generator):
@@ -130,6 +132,60 @@ def test_training_writes_a_line_an_epoch(tmp_path, capsys, whole):
     steps = [log.count(f", step {step}/5: fidelity S, lr ") for step in range(1, 6)]
     assert steps == [1, 4, 0, 4, 0] and log.count("/4: fidelity S, lr") == 4
     assert ", peak_memory_gb " in log.splitlines()[0]
+    assert log.splitlines()[-1].endswith(", 00:00 left")
+
+
+def test_the_log_tells_the_share_of_waiting_for_data_and_the_time_left(tmp_path, capsys):
+    class Slow(Rows):
+        def __getitem__(self, pair):
+            time.sleep(0.02)
+            return super().__getitem__(pair)
+
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(0, 3): terminate}, dataset=Slow(), epochs=1000)
+    line = capsys.readouterr().out.splitlines()[-2]
+    minutes = re.search(r"test 1/1000, step 4/5: .*, (\d\d):\d\d left$", line)[1]
+    assert 6 <= int(minutes) < 15  # 4996 steps of 4 rows
+    train(tmp_path / "loader", dataset=Slow(), epochs=1)
+    train(tmp_path / "step", {(0, 1): lambda model: time.sleep(0.4)}, epochs=1)
+    assert lines_of(tmp_path / "step")[0]["data_wait"] < 0.3
+    assert 0.7 < lines_of(tmp_path / "loader")[0]["data_wait"] <= 1
+
+
+def test_tensorboard_has_the_numbers_of_the_log_once(tmp_path):
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    EventAccumulator = pytest.importorskip(module).EventAccumulator
+    with pytest.raises(SystemExit):
+        train(tmp_path, {(1, 2): terminate}, tensorboard=True)
+    path = tmp_path / "test/checkpoint.pt"
+    os.replace(f"{path}.previous", path)  # as if killed: steps 6 to 8 come again
+    train(tmp_path, tensorboard=True)
+    events = EventAccumulator(f"{tmp_path}/test")
+    events.Reload()
+    scalars = {
+        tag: {x.step: x.value for x in events.Scalars(tag)} for tag in events.Tags()["scalars"]
+    }
+    assert [x.step for x in events.Scalars("loss")] == [
+        1,
+        2,
+        4,
+        5,
+        7,
+        9,
+        10,
+        12,
+        14,
+        15,
+        17,
+        19,
+        20,
+    ]
+    history = lines_of(tmp_path)
+    assert scalars.keys() == history[0].keys() - {"epoch", "fidelity"} | {"hours_left"}
+    for tag in scalars.keys() - {"hours_left"}:
+        epochs = [scalars[tag][step] for step in (5, 10, 15, 20)]
+        assert epochs == pytest.approx([record[tag] for record in history], rel=1e-6)
+    assert scalars["hours_left"][4] > scalars["hours_left"][20] == 0
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 4), (3, 4)])
@@ -139,7 +195,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_log(tmp_path, whole, plac
     assert stopped.value.code == 128 + signal.SIGTERM
     resumed, _ = train(tmp_path)
     assert same_weights(resumed, whole[0])
-    drop = {"seconds", "videos_per_sec", "peak_memory_gb"}
+    drop = {"seconds", "videos_per_sec", "data_wait", "peak_memory_gb"}
     for one, two in zip(lines_of(tmp_path), whole[1], strict=True):
         assert {k: one[k] for k in one.keys() - drop} == {k: two[k] for k in two.keys() - drop}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back

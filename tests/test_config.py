@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import importlib.util
 import inspect
 import json
 import os
@@ -287,6 +288,13 @@ def test_a_gpu_that_is_not_there():
         config.check(toy("device=cuda"))
 
 
+def test_tensorboard_that_is_not_there_is_missed_at_the_start(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    install = r"tensorboard is True, expected false.*pip install -e '\.\[tensorboard\]'"
+    with pytest.raises(InputError, match=install):
+        config.check(toy("tensorboard=true"))
+
+
 @pytest.mark.parametrize("key", ["lofi.accumulate=2", "lofi.chunk_snippets=3"])
 def test_batchnorm_that_trains_needs_the_whole_batch(key):
     with pytest.raises(InputError, match=r"lofi\.batchnorm is 'train', expected frozen"):
@@ -333,6 +341,10 @@ def test_a_run_belongs_to_one_config(tmp_path):
         versions = json.load(file)
     assert versions["processes"] == 1 and versions["torch"] and "git" in versions
     open_run("lofi.lr=0.3")  # nothing came of the first start
+    (tmp_path / "run/lofi").mkdir()
+    (tmp_path / "run/lofi/inputs.json").write_text('{"encoder": "0"}')
+    (tmp_path / "run/lofi/events.out.tfevents.1.host.2.0").touch()
+    open_run("lofi.lr=0.4")  # nor of this, for all its curves
     open_run("stages=[pretrain]")
     (tmp_path / "run/pretrain").mkdir()
     (tmp_path / "run/pretrain/encoder.pt").touch()

@@ -177,6 +177,63 @@ def test_names_are_shown_as_they_are(monkeypatch):
     assert "…" in title and title.endswith("long ")
 
 
+def make_font(path, letters):
+    """Write a font in which each of these letters is one wide bar."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 200), (4000, 200), (4000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    names = [".notdef", *(f"u{ord(letter):X}" for letter in letters)]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap(dict(zip(map(ord, letters), names[1:], strict=True)))
+    font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(names, (4000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Bars", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_of_other_scripts_come_from_installed_fonts(tmp_path, capsys, monkeypatch):
+    from matplotlib import font_manager
+
+    make_font(tmp_path / "bars.ttf", "走る")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    paths = [str(tmp_path / "broken.ttf"), str(tmp_path / "bars.ttf")]
+    detections = [{"label": "走る", "score": 0.5, "segment": [1, 2]}]
+
+    def width_of_label(*fonts):
+        plot._fonts.cache_clear()
+        plot._say_once.cache_clear()
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(fonts))
+        figure = plot.draw_timeline(detections, name="a", duration=10)
+        plot.save(figure, f"{tmp_path}/x.png")
+        return dict(check_texts(figure, monkeypatch))["走る"].width / figure.dpi
+
+    try:
+        assert width_of_label(*paths) == pytest.approx(8 * 8 / 72, rel=0.05)  # two of 4 em, 8 point
+        assert capsys.readouterr().err == ""
+        assert width_of_label() < 0.4
+        detections *= 2  # said once
+        detections.append({"label": "箱", "score": 0.4, "segment": [1, 2]})
+        width_of_label()
+        err = capsys.readouterr().err
+        assert err.count("apt-get install fonts-noto") == err.count("\n") == 2
+    finally:
+        plot._fonts.cache_clear()
+        listed = font_manager.fontManager.ttflist
+        listed[:] = [entry for entry in listed if entry.name != "Bars"]
+    plot.draw_timeline([{"label": "ουρά, кухня", "score": 1, "segment": [0, 1]}], name="a")
+    assert capsys.readouterr().err == ""
+
+
 def test_without_a_duration_the_latest_end_counts():
     detections = [{"label": "a", "score": 1.0, "segment": [2, 4]}]
     truth = [{"label": "a", "segment": [6, 8]}]

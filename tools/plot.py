@@ -13,11 +13,15 @@ picture of this program. The same files give the same bytes, white ground and da
 
 import argparse
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import signal
+import sys
 import textwrap
+import warnings
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -45,7 +49,7 @@ BANDS = {"full": "#f3f3f3", "S": "#d6e8f5", "T": "#fbe3cf", "ST": "#dcefd9"}
 MEASURES = {"lr": "learning rate", "accuracy": "top-1 accuracy (%)"}
 MEASURES |= {"gradient_norm": "gradient norm", "gate": "gate tanh(alpha)"}
 MEASURES["spread"] = "spread of features"
-NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "peak_memory_gb"}
+NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "data_wait", "peak_memory_gb"}
 
 DPI = 150
 # A timeline in inches.
@@ -67,7 +71,10 @@ def _style():
     style |= {"axes.edgecolor": MID, "font.size": 8, "text.parse_math": False}
     style |= {"axes.axisbelow": True, "axes.titlelocation": "left", "axes.titlesize": 9}
     style |= {"grid.color": PALE, "grid.linewidth": 0.6, "legend.frameon": False}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # See _find_fonts, which says so in one line; and not every font is there in bold.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         yield
 
 
@@ -101,14 +108,46 @@ def _text_width(text, **font):
     return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
 
 
+@functools.cache
+def _fonts():
+    """Return {family: its letters} of matplotlib's default font, then of all that are installed."""
+    from matplotlib import font_manager
+
+    found = [path for path in font_manager.findSystemFonts() if "LastResort" not in path]
+    found.sort(key=lambda path: ("Regular" not in path, "Serif" in path, path))  # plain ones first
+    fonts = {}
+    for path in [font_manager.findfont("DejaVu Sans"), *found]:
+        with contextlib.suppress(OSError, RuntimeError):  # no font, or one of bitmaps
+            font_manager.fontManager.addfont(path)  # its own list may be older
+            font = font_manager.get_font(path)
+            fonts.setdefault(font.family_name, font.get_charmap().keys())
+    return fonts
+
+
+_say_once = functools.cache(lambda line: print(line, file=sys.stderr))
+
+
 def _text(value):
-    """Return a value as text of at most 1000 letters, without such as no font can have."""
-    return str(value).encode(errors="replace").decode()[:1000]
+    """Return a value as text of at most 1000 letters, without such as no font can have. What is
+    drawn after it takes its letters from whatever installed font has them."""
+    from matplotlib import rcParams
+
+    text = str(value).encode(errors="replace").decode()[:1000]
+    lacking = set() if text.isascii() else set(map(ord, filter(str.isprintable, text)))
+    for family, letters in _fonts().items() if lacking else ():
+        if lacking & letters:
+            rcParams["font.family"] = list(dict.fromkeys([*rcParams["font.family"], family]))
+            lacking -= letters
+    if lacking:
+        fonts = "install a font, e.g. apt-get install fonts-noto-core fonts-noto-cjk"
+        _say_once(f"tools.plot: boxes stand for letters that no font has; {fonts}")
+    return text
 
 
 def _fit(text, width, **font):
     """Return `text`, with its middle left out if it is wider than `width` inches."""
-    shortened, keep = text, len(text)
+    text = shortened = _text(text)
+    keep = len(text)
     while keep > 2 and _text_width(shortened, **font) > width:
         keep -= 1
         shortened = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
@@ -224,7 +263,7 @@ def _place(rows, inner):
 
 
 def _draw_title(figure, text, top, colour, **font):
-    text = _fit(_text(text), WIDTH - 2 * MARGIN, **font)
+    text = _fit(text, WIDTH - 2 * MARGIN, **font)
     y = 1 - top / figure.get_figheight()
     figure.text(MARGIN / WIDTH, y, text, va="top", color=colour, **font)
 
@@ -318,7 +357,7 @@ def draw_timeline(detections, *, name, duration=None, truth=(), media=None, top=
 @_style()
 def draw_map(rows):
     """Return mAP against tIoU of several runs: rows of tools.compare_runs.compare."""
-    figure = _figure(7.0, 3.8 + 0.2 * len(rows), layout="constrained")
+    figure = _figure(8.0, 3.8 + 0.2 * len(rows), layout="constrained")
     axes = figure.add_subplot()
     notes = []
     for row in rows:
@@ -330,8 +369,8 @@ def draw_map(rows):
         points = sorted((float(t), 100 * value) for t, value in row["mAP"].items())
         deviation = (row["std"] or {}).get("average")
         spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
-        label = f"{row['name']}: {100 * row['average']:.2f}{spread} %"
-        label += "" if all_equal else f", {notes[i]}"
+        label = f"{_fit(row['name'], 2.0)}: {100 * row['average']:.2f}{spread} %"
+        label = _fit(label + ("" if all_equal else f", {notes[i]}"), 7.4)
         line = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "markersize": 4.5}
         axes.plot(*zip(*points, strict=True), label=label, marker="osD^vPX*"[i % 8], **line)
     axes.set(xlabel="tIoU threshold", ylabel="mAP (%)", ylim=(0, max(1.0, axes.get_ylim()[1])))
@@ -339,7 +378,7 @@ def draw_map(rows):
     axes.grid()
     axes.spines[["top", "right"]].set_visible(False)
     title = f"average mAP, {notes[0]}" if all_equal else "average mAP"
-    figure.legend(loc="outside lower left", title=title, alignment="left")
+    figure.legend(loc="outside lower left", title=_fit(title, 7.7), alignment="left")
     return figure
 
 
@@ -388,6 +427,8 @@ def _draw_curves(axes, records, keys, is_losses):
     # Terms of very different sizes.
     if is_losses and finite and 0 < 20 * min(finite) < max(finite):
         axes.set_yscale("log")
+        if max(finite) < 1000 * min(finite):
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
@@ -410,17 +451,19 @@ def draw_losses(stages, name):
     """Return losses, the learning rate and measures by epoch, a row a stage of `read_metrics`."""
     panels = {stage: _panels(records) for stage, records in stages.items()}
     columns = max(map(len, panels.values()))
-    figure = _figure(3.4 + 2.7 * (columns - 1), 0.4 + 2.5 * len(panels), layout="constrained")
-    figure.suptitle(name, x=0.01, ha="left", weight="bold", size=11)
+    width, font = 3.4 + 2.7 * (columns - 1), {"weight": "bold", "size": 11}
+    figure = _figure(width, 0.4 + 2.5 * len(panels), layout="constrained")
+    figure.suptitle(_fit(name, width - 0.2, **font), x=0.01, ha="left", **font)
     grid = figure.add_gridspec(len(panels), columns, width_ratios=[1.25] + [1] * (columns - 1))
     for row, (stage, records) in enumerate(stages.items()):
+        below = max(map(len, list(panels.values())[row + 1 :]), default=0)
         fidelities = list(dict.fromkeys(r["fidelity"] for r in records if r.get("fidelity")))
         for column, keys in enumerate(panels[stage]):
             axes = figure.add_subplot(grid[row, column])
             axes.set_gid(f"{stage} {keys[0] if keys else ''}")
             _draw_curves(axes, records, keys, is_losses=column == 0)
             _draw_bands(axes, records, fidelities)
-            axes.set_xlabel("epoch" if row == len(panels) - 1 else "")
+            axes.set_xlabel("epoch" if column >= below else "")
             if column:
                 axes.set_title(MEASURES[keys[0]])
                 continue
