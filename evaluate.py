@@ -31,10 +31,17 @@ Source = str | os.PathLike | Mapping
 ACTIVITYNET_TIOU = np.linspace(0.5, 0.95, 10)
 # Bounds of the length classes of DETAD, in fractions of the video.
 LENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# In place of a prediction's ground truth: none, and then either wrong or not counted.
+FALSE, IGNORED = -1, -2
 
 
 class InputError(ValueError):
     """What a user can mend: a file, a path, an option."""
+
+
+def is_ambiguous(label: str) -> bool:
+    """Return whether a label is THUMOS14's for what is neither an action nor none: "Ambiguous"."""
+    return label.lower() == "ambiguous"
 
 
 # ------------------------------------------------------------------------- proposals to detections
@@ -258,6 +265,7 @@ class _Segments:
     segment: np.ndarray | None = None  # (P, 2) seconds
     score: np.ndarray | None = None  # (P,)
     durations: np.ndarray | None = None  # (V,) seconds, NaN where unknown
+    ambiguous: "_Segments | None" = None  # of a ground truth: what is labelled so, in no class
 
     def take(self, rows):
         """Return some of them, in the order of `rows`."""
@@ -346,9 +354,15 @@ def _read_ground_truth(data, name, subset, notes):
         raise InputError(f"{name}: no video of subset {subset!r}; there are {there}")
     annotations = {video: info.get("annotations") or [] for video, info in chosen.items()}
     truth = _read_entries(annotations, name, ("label", "segment"), notes)
+    truth.score = np.ones(len(truth.video))
+    unclear = np.array([*map(is_ambiguous, truth.classes)], bool)
+    ambiguous = truth.take(unclear[truth.label])
+    truth = truth.take(~unclear[truth.label])
+    truth.label = (np.cumsum(~unclear) - 1)[truth.label]
+    truth.classes = [label for label in truth.classes if not is_ambiguous(label)]
+    truth.ambiguous = ambiguous
     if not len(truth.video):
         raise InputError(f"{name}: no annotation in the {len(chosen)} videos of subset {subset!r}")
-    truth.score = np.ones(len(truth.video))
     durations = [info.get("duration") for info in chosen.values()]
     # None and NaN: unknown.
     durations = [0 if sec is None or sec != sec else sec for sec in durations]
@@ -459,8 +473,9 @@ def write_json(content, path, indent=None):
 
 
 def _match_predictions(truth, predicted, thresholds):
-    """Return predictions class by class, best first, their ground truths (T, P) or -1, and AP.
+    """Return predictions class by class, best first, their ground truths (T, P), and AP.
 
+    Without a ground truth a prediction is IGNORED if it overlaps an ambiguous segment, else FALSE.
     Equal scores fall as in the official evaluator: numpy's default argsort of a class's scores in
     file order, reversed.
     """
@@ -474,8 +489,12 @@ def _match_predictions(truth, predicted, thresholds):
     for row, threshold in zip(match, thresholds, strict=True):
         near = ~(overlap < threshold)
         row[:] = _match(p[near], t[near], len(order), len(truth.video))
+    p, _, overlap = _candidates(truth.ambiguous, ranked, 0, by_class=False)
+    p = p[overlap > 0]
+    match[:, p] = np.where(match[:, p] == FALSE, IGNORED, match[:, p])
     positives = np.bincount(truth.label, minlength=len(truth.classes))
-    return ranked, match, _average_precision(match >= 0, ranked.label, positives)
+    ap = _average_precision(match >= 0, ranked.label, positives, match != IGNORED)
+    return ranked, match, ap
 
 
 def _candidates(truth, predicted, lowest, *, by_class):
@@ -515,11 +534,11 @@ def _candidates(truth, predicted, lowest, *, by_class):
 def _match(p, t, P, G):
     """Match greedily: predictions in order, each takes the first free ground truth of its pairs.
 
-    p, t (m,): pairs of `_candidates`. Returns (P,), -1 for none: the sequential loop's result, in a
+    p, t (m,): pairs of `_candidates`. Returns (P,), else FALSE: the sequential loop's result, in a
     few rounds. A pair is sure if it is the first of its prediction and of its ground truth, as no
     better-ranked prediction wants that; it takes both out of the next round.
     """
-    match = np.full(P, -1)
+    match = np.full(P, FALSE)
     free = np.ones(G, bool)
     first = np.empty(G, int)
     while len(p):
@@ -535,7 +554,7 @@ def _match(p, t, P, G):
     return match
 
 
-def _average_precision(hits, label, positives, counted=None):
+def _average_precision(hits, label, positives, counted):
     """Return the area under the interpolated precision-recall curve: (classes with positives, T).
 
     hits (T, P) bool in ranked order, label (P,), positives (n,): ground truths of each class;
@@ -547,7 +566,7 @@ def _average_precision(hits, label, positives, counted=None):
         for c, (first, last) in enumerate(pairwise(bounds)):
             at = np.flatnonzero(hit[first:last])
             if len(at):
-                seen = at + 1 if counted is None else np.cumsum(counted[t, first:last])[at]
+                seen = np.cumsum(counted[t, first:last])[at]
                 precision = np.arange(1, len(at) + 1) / seen
                 # Each hit adds 1 / positives to the recall, at the best precision from there on.
                 ap[c, t] = np.maximum.accumulate(precision[::-1]).sum() / positives[c]
@@ -567,9 +586,12 @@ def _errors(truth, ranked, match, thresholds):
     A false positive is named after the ground truth of its video, of any class, with the highest
     tIoU. At least the threshold: double detection (own class) or wrong label; at least 0.1:
     localization (own class) or confusion (another class); else background. Counted over all
-    predictions and over the first 10 g of each class with g ground truths.
+    predictions but the ignored, and over the first 10 g of each class with g ground truths.
     """
     nearest = np.abs(thresholds - 0.5).argmin()
+    match = match[nearest]
+    ranked = ranked.take(match != IGNORED)
+    match = match[match != IGNORED]
     label = ranked.label
     p, t, overlap = _candidates(truth, ranked, 0.1, by_class=False)
     # Zero length on zero length is a match, as for mAP.
@@ -584,7 +606,7 @@ def _errors(truth, ranked, match, thresholds):
     names += ["localization", "confusion", "background"]
     kind = np.full(len(label), 5)
     kind[p[best]] = np.select([near & own, near, own], [1, 2, 3], default=4)
-    kind[match[nearest] >= 0] = 0
+    kind[match >= 0] = 0
     rank = np.arange(len(label)) - np.searchsorted(label, label)
     errors = {"tiou": float(thresholds[nearest])}
     first = rank < 10 * np.bincount(truth.label)[label]
@@ -608,7 +630,8 @@ def _by_length(truth, ranked, match, thresholds):
         length = (segments.segment[:, 1] - segments.segment[:, 0]) / duration
         length_class = np.searchsorted(LENGTHS[1:-1], length).astype(np.int8)
         lengths.append(np.where(np.isfinite(length), length_class, -1))
-    length = np.where(match >= 0, lengths[0][match], lengths[1])  # (T, P)
+    length = np.where(match >= 0, lengths[0][match.clip(0)], lengths[1])  # (T, P)
+    length[match == IGNORED] = -1
     rows = []
     for i, (low, high) in enumerate(pairwise(LENGTHS)):
         positives = np.bincount(truth.label[lengths[0] == i], minlength=len(truth.classes))
@@ -622,12 +645,17 @@ def _by_length(truth, ranked, match, thresholds):
     return rows
 
 
-def _average_recall(truth, predicted):
+def _average_recall(truth, predicted, notes):
     """Return average recall against the average number of proposals a video, as ActivityNet does.
 
     Of every video the same fraction of its proposals is kept, such that the mean over the annotated
     videos is AN = 1..100. The area under the curve ("AUC") is divided by 100, hence in [0, 1].
     """
+    rows = np.column_stack([predicted.video, predicted.segment])
+    repeated = len(rows) - len(np.unique(rows, axis=0))
+    if repeated and predicted.label is not None:
+        note = f"{repeated} of {len(rows)} predictions repeat a segment (under another label?)"
+        notes.append(f"{note}: AR@AN counts each, score the proposals themselves instead")
     annotated = np.unique(truth.video)
     order = np.argsort(predicted.video, kind="stable")
     bounds = np.searchsorted(predicted.video[order], np.arange(len(truth.videos) + 1))
@@ -664,6 +692,10 @@ def evaluate(
     unknown videos. The tIoU of two zero lengths is undefined and a match. AP is the area under the
     interpolated precision-recall curve, mAP its mean over the subset's classes.
 
+    Segments labelled Ambiguous are no ground truth and no class, for recall neither. As in the
+    official TH14eventdetpr, a prediction of any class that takes no ground truth and overlaps one,
+    by whatever tIoU above 0 at every threshold, counts neither as a hit nor as a false positive.
+
     gt, pred: ground truth and result, paths or loaded JSON. thresholds: default 0.5:0.95:0.05
     (THUMOS14: 0.3:0.7:0.1). ar: also AR@AN, of proposals (only that, if no entry has a "label").
     analysis: also the kinds of errors and mAP by length. Raises InputError for unusable input.
@@ -692,6 +724,7 @@ def evaluate(
         "evaluated_videos": len(np.unique(predicted.video[predicted.video >= 0])),
         "ground_truth_videos": len(truth.videos),
         "segments": len(truth.video),
+        "ambiguous": len(truth.ambiguous.video),
         "classes": len(truth.classes),
         "predictions": len(predicted.video),
         "unknown_videos": len(data["results"].keys() - set(truth.videos)),
@@ -700,12 +733,7 @@ def evaluate(
     if predicted.label is not None:
         metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, notes)
     if ar:
-        metrics["AR"] = _average_recall(truth, predicted)
-        rows = np.column_stack([predicted.video, predicted.segment])
-        repeated = len(rows) - len(np.unique(rows, axis=0))
-        if repeated and predicted.label is not None:
-            note = f"{repeated} of {len(rows)} predictions repeat a segment (under another label?)"
-            notes.append(f"{note}: AR@AN counts each, score the proposals themselves instead")
+        metrics["AR"] = _average_recall(truth, predicted, notes)
     metrics["warnings"] = notes
     for note in notes:
         warnings.warn(note, stacklevel=2)
@@ -743,6 +771,8 @@ def report(metrics: Mapping) -> str:
         f"subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments, "
         f"{m['classes']} classes\nclass labels from: {m['class_source']}"
     ]
+    if m["ambiguous"]:
+        text[0] += f"\nambiguous, hence no segment of these, and no error there: {m['ambiguous']}"
     if "mAP" in m:
         sides = {"all videos": m, f"the {m['evaluated_videos']} with predictions": m["common"]}
         values = [[*side["mAP"].values(), side["average_mAP"]] for side in sides.values()]

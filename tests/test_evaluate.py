@@ -32,8 +32,8 @@ def plain_tiou(a, b):
     return inter / union if union else math.nan
 
 
-def plain_hits(truth, mine, threshold):
-    """Return 1 or 0 for each prediction of a class, best score first."""
+def plain_hits(truth, mine, threshold, ambiguous=()):
+    """Return 1 or 0 for each prediction of a class, best score first, without the ignored."""
     taken = set()
     hits = []
     for video, _, segment, _ in mine:
@@ -47,7 +47,9 @@ def plain_hits(truth, mine, threshold):
                 taken.add(here[k])
                 hit = 1
                 break
-        hits.append(hit)
+        unclear = [row[2] for row in ambiguous if row[0] == video]
+        if hit or not any(plain_tiou(segment, one) > 0 for one in unclear):
+            hits.append(hit)
     return hits
 
 
@@ -60,12 +62,14 @@ def plain_ap(hits, positives):
 def plain_map(gt, pred, thresholds):
     """Return AP (classes, thresholds). gt, pred: rows (video, label, segment[, score])."""
     table = []
-    for label in dict.fromkeys(row[1] for row in gt):
+    ambiguous = [row for row in gt if row[1] == "Ambiguous"]
+    for label in dict.fromkeys(row[1] for row in gt if row[1] != "Ambiguous"):
         truth = [row for row in gt if row[1] == label]
         mine = [row for row in pred if row[1] == label]
         order = np.array([row[3] for row in mine]).argsort()[::-1]
         mine = [mine[i] for i in order]
-        table.append([plain_ap(plain_hits(truth, mine, t), len(truth)) for t in thresholds])
+        hits = [plain_hits(truth, mine, t, ambiguous) for t in thresholds]
+        table.append([plain_ap(one, len(truth)) for one in hits])
     return np.array(table)
 
 
@@ -652,6 +656,66 @@ def test_map_by_length_by_hand():
     # precision 2/3. From 0.6 to 0.8: a hit; the false positives have other lengths.
     average = [row.get("average_mAP") for row in rows]
     assert average == [pytest.approx(2 / 3), None, None, 1.0, 0.0]
+
+
+# --------------------------------------------------------------------------------------- Ambiguous
+
+UNCLEAR = [("a", "Diving", (10, 20)), ("a", "Ambiguous", (40, 50))]
+
+
+@pytest.mark.parametrize("segment, expected", [((40, 50), 1.0), ((49, 90), 1.0), ((50, 60), 0.5)])
+def test_a_prediction_that_overlaps_an_ambiguous_segment_is_no_error(segment, expected):
+    """However little it overlaps, as in the official script; touching is no overlap."""
+    pred = [("a", "Diving", segment, 0.9), ("a", "Diving", (10, 20), 0.8)]
+    out = score(UNCLEAR, pred, (0.3, 0.7), ar=True)
+    assert out["average_mAP"] == out["common"]["average_mAP"] == expected
+    assert (out["segments"], out["classes"], out["ambiguous"]) == (1, 1, 1)
+    assert out["AP"].keys() == {"Diving"}
+    errors = out["errors"]["all"]
+    assert errors["true_positive"] == 1 and errors["background"] == (expected < 1)
+    # The only ground truth is [10, 20].
+    assert out["AR"]["AR@100"] == 1
+    assert "ambiguous, hence no segment of these, and no error there: 1" in ev.report(out)
+
+
+def test_ambiguous_segments_and_length():
+    """Of the same length, one is a false positive and one, in the ambiguous segment, is ignored."""
+    pred = [("a", "Diving", (45, 55), 0.9), ("a", "Diving", (70, 80), 0.8)]
+    truth = annotations(UNCLEAR, {"a": 100.0})
+    expected = {0.8: 0.5, 0.7: 1.0}
+    for confidence, value in expected.items():
+        pred[1] = ("a", "Diving", (70, 80), confidence)
+        found = result([*pred, ("a", "Diving", (10, 20), 0.75)])
+        first, *others = ev.evaluate(truth, found, thresholds=[0.5])["by_length"]
+        assert (first["segments"], first["average_mAP"]) == (1, value)
+        assert not any(row["segments"] for row in others)
+
+
+def test_a_hit_in_an_ambiguous_segment_counts_and_ambiguous_is_no_class_to_predict():
+    gt = [("a", "x", (40, 50)), ("a", "ambiguous", (30, 60)), ("b", "ambiguous", (0, 1))]
+    pred = [("a", "x", (40, 50), 0.9), ("a", "ambiguous", (30, 60), 0.8), ("b", "x", (0, 2), 1.0)]
+    with pytest.warns(UserWarning, match="1 of 3 predictions have 1 label.*count for no class"):
+        out = ev.evaluate(annotations(gt), result(pred), thresholds=[0.5])
+    assert out["average_mAP"] == 1
+    scores, labels = ev.load_class_scores(annotations(gt), ["a", "b"], ground_truth=True)
+    assert (scores.tolist(), labels) == ([[1], [0]], ["x"])
+    with pytest.raises(ev.InputError, match="no annotation"):
+        ev.evaluate(annotations(gt[1:]), result(pred))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_map_with_ambiguous_segments_equals_plain_loop(seed):
+    gt, pred = random_case(seed)
+    rng = np.random.default_rng(seed)
+    gt = [(row[0], "Ambiguous" if rng.random() < 0.2 else row[1], row[2]) for row in gt]
+    labels = {row[1] for row in gt} - {"Ambiguous"}
+    pred = [row for row in pred if row[1] in labels]
+    if labels:
+        out = score(gt, pred, THUMOS_TIOU)
+        expected = plain_map(gt, pred, THUMOS_TIOU)
+        np.testing.assert_allclose(list(out["mAP"].values()), expected.mean(0), rtol=0, atol=1e-12)
+        ranked = sum(out["errors"]["all"].values())
+        assert ranked <= len(pred) and (ranked == len(pred) or out["ambiguous"])
 
 
 # --------------------------------------------------------------------------------------- bad input
