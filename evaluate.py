@@ -1,7 +1,8 @@
 """Turn proposals into detections and score them: soft-NMS, classes, mAP, AR@AN, error analysis.
 
     python evaluate.py --gt GT.json --pred RESULT.json [--subset validation]
-                       [--tiou 0.5:0.95:0.05] [--ar] [--json OUT.json]
+                       [--tiou 0.5:0.95:0.05] [--ar [AN ...]] [--recall K ...]
+                       [--no-interpolation] [--json OUT.json]
 
 Ground truth is ActivityNet JSON, {"database": {video: {"subset", "duration", "annotations":
 [{"segment", "label"}]}}}, a result {"version", "results": {video: [{"label", "score", "segment"}]},
@@ -60,51 +61,55 @@ def tiou(a: Array, b: Array, *, undefined=0.0) -> Array:
         return xp.where(union == 0, undefined, inter / union)
 
 
+@torch.no_grad()
 def soft_nms(
-    segments: Tensor, scores: Tensor, valid: Tensor | None = None, *, sigma=0.84, top_k=100
+    segments: Tensor,
+    scores: Tensor,
+    valid: Tensor | None = None,
+    *,
+    sigma=0.84,
+    top_k=100,
+    decay="gaussian",
+    threshold=0.0,
+    min_score=0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply Gaussian soft-NMS (Bodla et al., ICCV 2017) to a padded batch, on its own device.
+    """Apply soft-NMS (Bodla et al., ICCV 2017) to a padded batch, on its own device.
 
     Repeat: take the highest score of each video (of equal ones the lowest index), then multiply
-    every remaining score by exp(-tIoU^2 / sigma). LoFi uses sigma 0.84, G-TAD 0.8.
+    every remaining score with tIoU > threshold by exp(-tIoU^2 / sigma); decay "linear": by
+    1 - tIoU; "hard": remove it (greedy NMS). LoFi uses sigma 0.84, G-TAD 0.8, both threshold 0.
 
     segments (B, K, 2), scores (B, K) >= 0, valid (B, K) bool or None: False is never picked.
     Returns segments (B, k, 2), decayed scores (B, k), highest first, valid (B, k), where
-    k = min(top_k, K); what follows a video's last candidate is zero, not valid. No gradient.
+    k = min(top_k, K); what follows a video's last candidate, or the last with a decayed score of at
+    least min_score, is zero, not valid. No gradient.
     """
-    return _nms(segments, scores, valid, top_k, sigma=sigma)
-
-
-def hard_nms(
-    segments: Tensor, scores: Tensor, valid: Tensor | None = None, *, threshold: float, top_k=100
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply greedy NMS: a picked segment removes those with tIoU > threshold; see `soft_nms`."""
-    return _nms(segments, scores, valid, top_k, threshold=threshold)
-
-
-@torch.no_grad()
-def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
-    """Pick the best of each video, top_k times; sigma: soft-NMS, else hard NMS."""
     B, K = scores.shape
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     if segments.shape != (B, K, 2) or valid.shape != (B, K):
         got = f"{tuple(segments.shape)}, {(B, K)} and {tuple(valid.shape)}"
         raise ValueError(f"expected segments (B, K, 2), scores (B, K) and valid (B, K), got {got}")
+    if decay not in ("gaussian", "linear", "hard"):
+        raise ValueError(f"decay must be gaussian, linear or hard, got {decay!r}")
     # On a CPU, blocks of videos that stay in the cache: up to twice as fast.
-    at_once = max(1, 40_000 // max(K, 1))
-    if scores.device.type == "cpu" and at_once < B:
-        blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
-        parts = [_nms(*block, top_k, sigma=sigma, threshold=threshold) for block in blocks]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    k = min(top_k, K)
+    at_once = max(1, 40_000 // max(K, 1)) if scores.device.type == "cpu" else max(B, 1)
+    blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
+    parts = [_nms(*block, min(top_k, K), decay, sigma, threshold) for block in blocks]
+    segments, scores, valid = (torch.cat(part) for part in zip(*parts, strict=True))
+    valid &= scores >= min_score
+    return segments.masked_fill(~valid[..., None], 0), scores.masked_fill(~valid, 0), valid
+
+
+def _nms(segments, scores, valid, k, decay, sigma, threshold):
+    """Pick the best of each video, k times; its score is -inf where none is left."""
     dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
     segments = segments.to(dtype).masked_fill(~valid[..., None], 0)
     start, end = (x.clone() for x in segments.unbind(-1))
     # At least tiny, so that two segments of zero length have tIoU 0.
     length = (end - start).clamp_(min=torch.finfo(dtype).tiny)
     remaining = scores.to(dtype).masked_fill(~valid, -torch.inf)
-    picked = torch.zeros(B, k, dtype=torch.long, device=scores.device)
-    kept = torch.zeros(B, k, dtype=dtype, device=scores.device)
+    picked = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
+    kept = torch.zeros(len(scores), k, dtype=dtype, device=scores.device)
     for n in range(k):
         # i (B, 1): the first of equal scores.
         kept[:, n : n + 1], i = remaining.max(1, keepdim=True)
@@ -113,16 +118,53 @@ def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
         overlap = torch.minimum(end, end.gather(1, i)).sub_(torch.maximum(start, best_start))
         overlap.clamp_(min=0)
         overlap.div_((length + length.gather(1, i)).sub_(overlap))
-        if sigma is None:
-            remaining.masked_fill_(overlap > threshold, -torch.inf)
-        else:
+        if threshold:
+            overlap.masked_fill_(overlap <= threshold, 0)
+        if decay == "gaussian":
             remaining.mul_(overlap.square_().mul_(-1 / sigma).exp_())
+        elif decay == "linear":
+            remaining.mul_(overlap.neg_().add_(1))
+        else:
+            remaining.masked_fill_(overlap > 0, -torch.inf)
         # What is picked has no extent from now on: -inf is never multiplied by a factor of 0.
         remaining.scatter_(1, i, -torch.inf)
         end.scatter_(1, i, best_start)
-    valid = kept > -torch.inf
-    segments = segments.gather(1, picked[..., None].expand(-1, -1, 2))
-    return segments.masked_fill(~valid[..., None], 0), kept.masked_fill(~valid, 0), valid
+    return segments.gather(1, picked[..., None].expand(-1, -1, 2)), kept, kept > -torch.inf
+
+
+def class_wise(nms, segments, scores, valid, class_scores, *, top_k: int = 1):
+    """Call nms(segments, scores, valid) such that only proposals of one class compete.
+
+    Each proposal takes part in its top_k classes, with score * class score, unless that is 0.
+    segments (B, K, 2) fractions of the video, scores (B, K), valid (B, K), class_scores (B, n) or,
+    of each proposal, (B, K, n). Returns what nms does, best of all classes first, and the class
+    of each, (B, k, n): 1 for its own, else 0, as `fuse_classes` takes it.
+    """
+    n = class_scores.shape[-1]
+    class_scores = class_scores if class_scores.ndim == 3 else class_scores[:, None]
+    best, label = class_scores.sort(dim=-1, descending=True, stable=True)
+    best, label = (x[..., :top_k].expand(-1, scores.shape[1], -1) for x in (best, label))
+    fused = (scores[..., None] * best).flatten(1)
+    valid = (valid[..., None] & (best > 0)).flatten(1)
+    # Segments of different classes lie apart. In float64 they come back as they were.
+    moved = (segments[:, :, None].double() + 2 * label[..., None]).flatten(1, 2)
+    kept, *others = nms(moved, fused, valid)
+    label = kept[..., 0].div(2, rounding_mode="floor")
+    kept = (kept - 2 * label[..., None]).to(segments.dtype)
+    return kept, *others, torch.nn.functional.one_hot(label.long(), n)
+
+
+def vote(kept: Tensor, segments: Tensor, scores: Tensor, valid: Tensor, threshold) -> Tensor:
+    """Return segments that NMS kept, each moved to the mean of all candidates around it.
+
+    As ActionFormer's segment voting: the mean of those with tIoU >= threshold, weighted by their
+    scores before NMS. kept (B, k, 2), the rest as NMS had it: (B, K, 2), (B, K), (B, K).
+    """
+    near = (tiou(kept, segments) >= threshold) & valid[:, None]
+    weight = torch.where(near, scores[:, None], 0).to(kept.dtype)
+    total = weight.sum(-1, keepdim=True)
+    mean = weight @ segments.masked_fill(~valid[..., None], 0).to(kept.dtype) / total
+    return torch.where(total > 0, mean, kept)
 
 
 def load_class_scores(
@@ -372,10 +414,13 @@ def _read_ground_truth(data, name, subset, notes):
     return truth
 
 
-def _read_predictions(results, name, truth, subset, ar, notes):
-    """Return the segments of a result; for AR@AN without labels, if no entry has one."""
+def _read_predictions(data, name, truth, subset, ar, notes):
+    """Return the segments of a result, for AR@AN without labels, if no entry has one, and who made
+    its classes."""
+    if "results" not in data:
+        raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
     keys = ("segment", "score", "label")
-    read = _read_entries(results, name, keys, notes, optional="label" if ar else None)
+    read = _read_entries(data["results"], name, keys, notes, optional="label" if ar else None)
     place = _index(read.videos, truth.videos)
     unknown = [read.videos[i] for i in np.flatnonzero(place < 0)]
     video = place[read.video]
@@ -389,8 +434,10 @@ def _read_predictions(results, name, truth, subset, ar, notes):
         notes.append(f"{late.sum()} predictions end long after their video: are they in seconds?")
     elif len(late) and lasts[1].max() <= 1 < np.nanmin(lasts[0], initial=np.inf) / 2:
         notes.append("all predictions end within 1 s: are they fractions instead of seconds?")
-    label = None
+    label, source = None, "none (class-agnostic proposals)"
     if read.label is not None:
+        external = data.get("external_data")
+        source = external.get("class_source", "unknown") if type(external) is dict else "unknown"
         place = _index(read.classes, truth.classes)
         unknown = [read.classes[i] for i in np.flatnonzero(place < 0)]
         label = place[read.label]
@@ -398,7 +445,8 @@ def _read_predictions(results, name, truth, subset, ar, notes):
             note = f"{(label < 0).sum()} of {len(label)} predictions have"
             note = f"{note} {_count(unknown, 'label')} that subset {subset!r} does not have"
             notes.append(f"{note}: they count for no class")
-    return replace(truth, video=video, label=label, segment=read.segment, score=read.score)
+    columns = {"video": video, "label": label, "segment": read.segment, "score": read.score}
+    return replace(truth, **columns), str(source)
 
 
 def _count(names, noun):
@@ -472,7 +520,7 @@ def write_json(content, path, indent=None):
 # ----------------------------------------------------------------------------------- mAP and AR@AN
 
 
-def _match_predictions(truth, predicted, thresholds):
+def _match_predictions(truth, predicted, thresholds, interpolate):
     """Return predictions class by class, best first, their ground truths (T, P), and AP.
 
     Without a ground truth a prediction is IGNORED if it overlaps an ambiguous segment, else FALSE.
@@ -493,8 +541,7 @@ def _match_predictions(truth, predicted, thresholds):
     p = p[overlap > 0]
     match[:, p] = np.where(match[:, p] == FALSE, IGNORED, match[:, p])
     positives = np.bincount(truth.label, minlength=len(truth.classes))
-    ap = _average_precision(match >= 0, ranked.label, positives, match != IGNORED)
-    return ranked, match, ap
+    return ranked, match, _average_precision(match, ranked.label, positives, interpolate)
 
 
 def _candidates(truth, predicted, lowest, *, by_class):
@@ -554,22 +601,23 @@ def _match(p, t, P, G):
     return match
 
 
-def _average_precision(hits, label, positives, counted):
-    """Return the area under the interpolated precision-recall curve: (classes with positives, T).
+def _average_precision(match, label, positives, interpolate):
+    """Return the area under the precision-recall curve: (classes with positives, T).
 
-    hits (T, P) bool in ranked order, label (P,), positives (n,): ground truths of each class;
-    counted (T, P): False is ignored.
+    match (T, P) in ranked order, label (P,), positives (n,): ground truths of each class.
     """
     bounds = np.searchsorted(label, np.arange(len(positives) + 1))
-    ap = np.zeros((len(positives), len(hits)))
-    for t, hit in enumerate(hits):
+    ap = np.zeros((len(positives), len(match)))
+    for t, row in enumerate(match):
         for c, (first, last) in enumerate(pairwise(bounds)):
-            at = np.flatnonzero(hit[first:last])
+            at = np.flatnonzero(row[first:last] >= 0)
             if len(at):
-                seen = np.cumsum(counted[t, first:last])[at]
+                seen = np.cumsum(row[first:last] != IGNORED)[at]
                 precision = np.arange(1, len(at) + 1) / seen
-                # Each hit adds 1 / positives to the recall, at the best precision from there on.
-                ap[c, t] = np.maximum.accumulate(precision[::-1]).sum() / positives[c]
+                if interpolate:  # the best precision from there on
+                    precision = np.maximum.accumulate(precision[::-1])
+                # Each hit adds 1 / positives to the recall.
+                ap[c, t] = precision.sum() / positives[c]
     return ap[positives > 0]
 
 
@@ -616,7 +664,7 @@ def _errors(truth, ranked, match, thresholds):
     return errors
 
 
-def _by_length(truth, ranked, match, thresholds):
+def _by_length(truth, ranked, match, thresholds, interpolate):
     """Return mAP by the ground truth's length in fractions of its video.
 
     The mean is over the classes that occur. Like COCO's object sizes: ground truths of other
@@ -631,25 +679,48 @@ def _by_length(truth, ranked, match, thresholds):
         length_class = np.searchsorted(LENGTHS[1:-1], length).astype(np.int8)
         lengths.append(np.where(np.isfinite(length), length_class, -1))
     length = np.where(match >= 0, lengths[0][match.clip(0)], lengths[1])  # (T, P)
-    length[match == IGNORED] = -1
     rows = []
     for i, (low, high) in enumerate(pairwise(LENGTHS)):
         positives = np.bincount(truth.label[lengths[0] == i], minlength=len(truth.classes))
         row = {"from": low, "to": high}
         row |= {"segments": int(positives.sum()), "classes": int((positives > 0).sum())}
         if row["segments"]:
-            counted = length == i
-            ap = _average_precision(counted & (match >= 0), ranked.label, positives, counted)
+            counted = np.where(length == i, match, IGNORED)
+            ap = _average_precision(counted, ranked.label, positives, interpolate)
             row |= _summary(ap, thresholds)
         rows.append(row)
     return rows
 
 
-def _average_recall(truth, predicted, notes):
+def _recall_of_first(truth, ranked, thresholds, times):
+    """Return {"R@1x": {threshold: recall}, ...} for each k of `times`, as ActionFormer (Ego4D).
+
+    Of a class with g ground truths in a video the first k g predictions there count; a ground truth
+    is found if any of them has tIoU >= threshold. The mean over classes.
+    """
+    groups = [x.label * (len(truth.videos) + 1) + x.video + 1 for x in (truth, ranked)]
+    order = np.argsort(groups[1], kind="stable")
+    rank = np.empty(len(order))
+    rank[order] = np.arange(len(order)) - np.searchsorted(groups[1][order], groups[1][order])
+    p, t, overlap = _candidates(truth, ranked, min(thresholds), by_class=True)
+    depth = rank[p] / np.bincount(groups[0])[groups[1][p]]
+    recall = {}
+    for k in times:
+        row = recall[f"R@{k}x"] = {}
+        for threshold in thresholds:
+            found = np.zeros(len(truth.video))
+            found[t[(depth < k) & (overlap >= threshold)]] = 1
+            by_class = np.bincount(truth.label, found) / np.bincount(truth.label)
+            row[f"{threshold:g}"] = float(by_class.mean())
+    return recall
+
+
+def _average_recall(truth, predicted, numbers, notes):
     """Return average recall against the average number of proposals a video, as ActivityNet does.
 
     Of every video the same fraction of its proposals is kept, such that the mean over the annotated
-    videos is AN = 1..100. The area under the curve ("AUC") is divided by 100, hence in [0, 1].
+    videos is AN = 1, 2, ... to the largest of `numbers`, 100 in the official evaluation. The area
+    under the curve ("AUC") is divided by that, hence in [0, 1].
     """
     rows = np.column_stack([predicted.video, predicted.segment])
     repeated = len(rows) - len(np.unique(rows, axis=0))
@@ -660,11 +731,12 @@ def _average_recall(truth, predicted, notes):
     order = np.argsort(predicted.video, kind="stable")
     bounds = np.searchsorted(predicted.video[order], np.arange(len(truth.videos) + 1))
     available = np.diff(bounds)[annotated]
-    share = 100 * len(annotated) / max(len(order), 1)
+    most = max(numbers)
+    share = most * len(annotated) / max(len(order), 1)
     kept = np.minimum((available * share).astype(int), available)
-    fraction = np.arange(1, 101) / 100 * (100 * len(annotated) / max(kept.sum(), 1))
+    fraction = np.arange(1, most + 1) / most * (most * len(annotated) / max(kept.sum(), 1))
     # The highest tIoU among the proposals kept, by ground truth and AN.
-    best = np.zeros((len(truth.video), 100))
+    best = np.zeros((len(truth.video), most))
     for v, k in zip(annotated, kept, strict=True):
         rows = np.flatnonzero(truth.video == v)
         mine = order[bounds[v] : bounds[v + 1]]
@@ -674,16 +746,24 @@ def _average_recall(truth, predicted, notes):
         running = np.maximum.accumulate(overlap, 1)
         best[rows] = running[:, np.minimum((k * fraction).astype(int), k)]
     recall = np.mean([(best >= t).mean(0) for t in ACTIVITYNET_TIOU], 0)
-    area = ((recall[1:] + recall[:-1]) / 2).sum() / 100
-    metrics = {"AN": list(range(1, 101)), "recall": recall.tolist(), "AUC": float(area)}
-    return metrics | {f"AR@{k}": float(recall[k - 1]) for k in (1, 5, 10, 50, 100)}
+    area = ((recall[1:] + recall[:-1]) / 2).sum() / most
+    metrics = {"AN": list(range(1, most + 1)), "recall": recall.tolist(), "AUC": float(area)}
+    return metrics | {f"AR@{k}": float(recall[k - 1]) for k in numbers}
 
 
 # ---------------------------------------------------------------------------- evaluate and report
 
 
 def evaluate(
-    gt: Source, pred: Source, *, subset="validation", thresholds=None, ar=False, analysis=True
+    gt: Source,
+    pred: Source,
+    *,
+    subset="validation",
+    thresholds=None,
+    ar: bool | Sequence[int] = False,
+    analysis=True,
+    recall: Sequence[int] = (),
+    interpolate=True,
 ) -> dict:
     """Score a result: mAP as ActivityNet's official evaluator, ties and zero lengths included.
 
@@ -691,33 +771,27 @@ def evaluate(
     video and class with the highest tIoU >= threshold; without one they are false positives, as in
     unknown videos. The tIoU of two zero lengths is undefined and a match. AP is the area under the
     interpolated precision-recall curve, mAP its mean over the subset's classes.
-
-    Segments labelled Ambiguous are no ground truth and no class, for recall neither. As in the
-    official TH14eventdetpr, a prediction of any class that takes no ground truth and overlaps one,
-    by whatever tIoU above 0 at every threshold, counts neither as a hit nor as a false positive.
+    Segments labelled Ambiguous are no ground truth (nor for AR) and no class. As in THUMOS14's
+    TH14eventdetpr, a prediction of any class that takes no ground truth and overlaps one, by any
+    tIoU above 0 whatever the threshold, is ignored: neither hit nor false positive.
 
     gt, pred: ground truth and result, paths or loaded JSON. thresholds: default 0.5:0.95:0.05
-    (THUMOS14: 0.3:0.7:0.1). ar: also AR@AN, of proposals (only that, if no entry has a "label").
-    analysis: also the kinds of errors and mAP by length. Raises InputError for unusable input.
+    (THUMOS14: 0.3:0.7:0.1). ar: also AR@AN, of proposals (only that, if no entry has a "label"), at
+    1, 5, 10, 50, 100 or the AN given. analysis: also the kinds of errors and mAP by length. recall:
+    for each k, that of the first k x g predictions of a class with g segments in a video.
+    interpolate: False: AP is the sum of the precision at each hit over the number of ground truths,
+    as THUMOS14 has it. Raises InputError for unusable input.
     Returns {"mAP": {"0.5": ...}, "average_mAP", "common": both over the videos with predictions,
-    "AP": by class, "evaluated_videos", "class_source", "errors", "by_length", "AR", "warnings"
-    (issued, too), ...}; scores in [0, 1].
+    "AP": by class, "interpolated", "evaluated_videos", "class_source", "errors", "by_length",
+    "recall", "AR", "warnings" (issued, too), ...}; scores in [0, 1].
     """
     notes = []
-    thresholds = np.asarray(ACTIVITYNET_TIOU if thresholds is None else thresholds, np.float64)
-    possible = (thresholds > 0) & (thresholds <= 1)
-    if thresholds.ndim != 1 or not thresholds.size or not possible.all():
-        raise InputError(f"tIoU thresholds must be in (0, 1], got {thresholds.tolist()}")
+    ar = (1, 5, 10, 50, 100) if ar is True else ar
+    thresholds = _check_options(thresholds, {"AN": ar or (), "k of the recall": recall})
     data, name = _load(gt, "ground truth")
     truth = _read_ground_truth(data, name, subset, notes)
     data, name = _load(pred, "results")
-    if "results" not in data:
-        raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
-    predicted = _read_predictions(data["results"], name, truth, subset, ar, notes)
-    external = data.get("external_data")
-    source = external.get("class_source", "unknown") if isinstance(external, dict) else "unknown"
-    if predicted.label is None:
-        source = "none (class-agnostic proposals)"
+    predicted, source = _read_predictions(data, name, truth, subset, ar, notes)
     metrics = {
         "subset": subset,
         "thresholds": thresholds.tolist(),
@@ -728,30 +802,46 @@ def evaluate(
         "classes": len(truth.classes),
         "predictions": len(predicted.video),
         "unknown_videos": len(data["results"].keys() - set(truth.videos)),
-        "class_source": str(source),
+        "class_source": source,
+        "interpolated": bool(interpolate),
     }
     if predicted.label is not None:
-        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, notes)
+        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall, notes)
     if ar:
-        metrics["AR"] = _average_recall(truth, predicted, notes)
+        metrics["AR"] = _average_recall(truth, predicted, ar, notes)
     metrics["warnings"] = notes
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return metrics
 
 
-def _score_detections(truth, predicted, thresholds, counts, analysis, notes):
+def _check_options(thresholds, counts):
+    """Return the thresholds as an array; InputError for impossible ones, or counts below 1."""
+    thresholds = np.asarray(ACTIVITYNET_TIOU if thresholds is None else thresholds, np.float64)
+    possible = (thresholds > 0) & (thresholds <= 1)
+    if thresholds.ndim != 1 or not thresholds.size or not possible.all():
+        raise InputError(f"tIoU thresholds must be in (0, 1], got {thresholds.tolist()}")
+    for name, numbers in counts.items():
+        if not all(k in range(1, 10_001) for k in numbers):
+            raise InputError(f"{name} must be whole numbers from 1 to 10000, got {[*numbers]}")
+    return thresholds
+
+
+def _score_detections(truth, predicted, thresholds, counts, analysis, recall, notes):
     """Return mAP over all videos and over those with predictions, the counts, the analyses."""
-    ranked, match, ap = _match_predictions(truth, predicted, thresholds)
+    interpolate = counts["interpolated"]
+    ranked, match, ap = _match_predictions(truth, predicted, thresholds, interpolate)
     common = ap
     if counts["evaluated_videos"] < len(truth.videos) or counts["unknown_videos"]:
         few = truth.take(np.isin(truth.video, predicted.video))
         known = predicted.take(predicted.video >= 0)
-        common = _match_predictions(few, known, thresholds)[2]
+        common = _match_predictions(few, known, thresholds, interpolate)[2]
     metrics = _summary(ap, thresholds)
     metrics["common"] = _summary(common, thresholds)
     metrics |= counts
     metrics["AP"] = dict(zip(truth.classes, ap.mean(1).tolist(), strict=True))
+    if recall:
+        metrics["recall"] = _recall_of_first(truth, ranked, thresholds, recall)
     if analysis:
         metrics["errors"] = _errors(truth, ranked, match, thresholds)
         untimed = np.isnan(truth.durations).sum()
@@ -759,7 +849,7 @@ def _score_detections(truth, predicted, thresholds, counts, analysis, notes):
             note = f"{untimed} of {len(truth.videos)} videos have no (positive) duration"
             notes.append(f"{note}: left out of mAP by length")
         if untimed < len(truth.videos):
-            metrics["by_length"] = _by_length(truth, ranked, match, thresholds)
+            metrics["by_length"] = _by_length(truth, ranked, match, thresholds, interpolate)
     return metrics
 
 
@@ -777,7 +867,11 @@ def report(metrics: Mapping) -> str:
         sides = {"all videos": m, f"the {m['evaluated_videos']} with predictions": m["common"]}
         values = [[*side["mAP"].values(), side["average_mAP"]] for side in sides.values()]
         rows = [[name, *map(percent, row)] for name, row in zip(sides, values, strict=True)]
-        text.append(markdown_table(["mAP (%) at tIoU", *m["mAP"], "average"], rows))
+        kind = "" if m["interpolated"] else ", AP not interpolated,"
+        text.append(markdown_table([f"mAP (%){kind} at tIoU", *m["mAP"], "average"], rows))
+    if "recall" in m:
+        rows = [[name, *map(percent, row.values())] for name, row in m["recall"].items()]
+        text.append(markdown_table(["recall (%) at tIoU", *m["mAP"]], rows))
     if "AR" in m:
         keys = [key for key in m["AR"] if key == "AUC" or key.startswith("AR@")]
         row = ["proposals", *(percent(m["AR"][key]) for key in keys)]
@@ -844,13 +938,16 @@ def _is_own(path):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score a result.")
-    parser.add_argument("--gt", required=True, help="annotations, ActivityNet JSON")
-    parser.add_argument("--pred", required=True, help="result JSON")
-    parser.add_argument("--subset", default="validation", help="default: %(default)s")
+    add = parser.add_argument
+    add("--gt", required=True, help="annotations, ActivityNet JSON")
+    add("--pred", required=True, help="result JSON")
+    add("--subset", default="validation", help="default: %(default)s")
     tiou_help = "LOW:HIGH:STEP or a list (default: 0.5:0.95:0.05; THUMOS14: 0.3:0.7:0.1)"
-    parser.add_argument("--tiou", type=_thresholds, default=ACTIVITYNET_TIOU, help=tiou_help)
-    parser.add_argument("--ar", action="store_true", help="also AR@AN, for proposals")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers at full precision")
+    add("--tiou", type=_thresholds, default=ACTIVITYNET_TIOU, help=tiou_help)
+    add("--ar", nargs="*", type=int, metavar="AN", help="also AR@AN, for proposals, at such AN")
+    add("--recall", nargs="+", type=int, default=(), metavar="K", help="also R@Kx, as Ego4D has it")
+    add("--no-interpolation", action="store_true", help="AP as THUMOS14 has it")
+    add("--json", metavar="FILE", help="write the numbers at full precision")
     args = parser.parse_args(argv)
     try:
         if args.json and not _is_own(args.json):
@@ -858,7 +955,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             # Printed below.
             warnings.simplefilter("ignore", UserWarning)
-            options = {"subset": args.subset, "thresholds": args.tiou, "ar": args.ar}
+            options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
+            options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
             metrics = evaluate(args.gt, args.pred, **options)
         for note in metrics["warnings"]:
             print(f"warning: {note}", file=sys.stderr)
