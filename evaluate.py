@@ -144,27 +144,27 @@ def class_wise(nms, segments, scores, valid, class_scores, *, top_k: int = 1):
     class_scores = class_scores if class_scores.ndim == 3 else class_scores[:, None]
     best, label = class_scores.sort(dim=-1, descending=True, stable=True)
     best, label = (x[..., :top_k].expand(-1, scores.shape[1], -1) for x in (best, label))
-    fused = (scores[..., None] * best).flatten(1)
-    valid = (valid[..., None] & (best > 0)).flatten(1)
     # Segments of different classes lie apart. In float64 they come back as they were.
-    moved = (segments[:, :, None].double() + 2 * label[..., None]).flatten(1, 2)
-    kept, *others = nms(moved, fused, valid)
-    label = kept[..., 0].div(2, rounding_mode="floor")
-    kept = (kept - 2 * label[..., None]).to(segments.dtype)
-    return kept, *others, torch.nn.functional.one_hot(label.long(), n)
+    moved = segments[:, :, None].double() + 2 * label[..., None]
+    parts = (moved, scores[..., None] * best, valid[..., None] & (best > 0))
+    kept, *others = nms(*(x.flatten(1, 2) for x in parts))
+    label = kept[..., :1].div(2, rounding_mode="floor")
+    own = torch.nn.functional.one_hot(label[..., 0].long(), n)
+    return (kept - 2 * label).to(segments.dtype), *others, own
 
 
-def vote(kept: Tensor, segments: Tensor, scores: Tensor, valid: Tensor, threshold) -> Tensor:
-    """Return segments that NMS kept, each moved to the mean of all candidates around it.
+def vote(nms, segments, scores, valid, *, threshold: float):
+    """Call nms(segments, scores, valid), and move each segment that it keeps to a mean.
 
-    As ActionFormer's segment voting: the mean of those with tIoU >= threshold, weighted by their
-    scores before NMS. kept (B, k, 2), the rest as NMS had it: (B, K, 2), (B, K), (B, K).
+    As ActionFormer's segment voting: the mean of all candidates that it has tIoU >= threshold with,
+    weighted by their scores before NMS. Shapes as in `soft_nms`; returns what nms does.
     """
+    kept, *others = nms(segments, scores, valid)
+    segments = segments.to(kept.dtype).masked_fill(~valid[..., None], 0)
     near = (tiou(kept, segments) >= threshold) & valid[:, None]
     weight = torch.where(near, scores[:, None], 0).to(kept.dtype)
     total = weight.sum(-1, keepdim=True)
-    mean = weight @ segments.masked_fill(~valid[..., None], 0).to(kept.dtype) / total
-    return torch.where(total > 0, mean, kept)
+    return torch.where(total > 0, weight @ segments / total, kept), *others
 
 
 def load_class_scores(

@@ -531,16 +531,6 @@ def propose(model, features, window=None, at_once=16):
     return *proposals, classes.mean(1)
 
 
-def suppress(options, segments, scores, valid):
-    """Apply soft-NMS and voting with the options of block detect; see evaluate.soft_nms."""
-    names = ("sigma", "top_k", "decay", "threshold", "min_score")
-    how = {name: options[name] for name in names}
-    kept, *others = evaluate.soft_nms(segments, scores, valid, **how)
-    if options["voting"]:
-        kept = evaluate.vote(kept, segments, scores, valid, options["voting"])
-    return kept, *others
-
-
 def predict(model, features, names, durations, options, class_scores=None, window=None):
     """Return detections and class-agnostic proposals of B videos with their durations in seconds.
 
@@ -550,7 +540,10 @@ def predict(model, features, names, durations, options, class_scores=None, windo
     results are {video: [{"label", "score", "segment"}]}, best first, proposals without labels.
     """
     segments, confidence, valid, classes = propose(model, features, window)
-    nms = partial(suppress, options)
+    nms_options = ("sigma", "top_k", "decay", "threshold", "min_score")
+    nms = partial(evaluate.soft_nms, **{name: options[name] for name in nms_options})
+    if options["voting"]:
+        nms = partial(evaluate.vote, nms, threshold=options["voting"])
     kept = agnostic = nms(segments, confidence, valid)
     scores, labels = class_scores or (classes, model.classes)
     most = options["classes_per_video"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,8 +237,11 @@ def test_class_wise_nms_gives_float32_segments_back_as_they_were():
 def test_voting_equals_plain_loop(seed):
     segments, scores, valid = random_proposals(seed, 3, 30)
     broken = segments.masked_fill(~valid[..., None], torch.nan)
-    kept, _, picked = ev.soft_nms(broken, scores, valid, top_k=10)
-    moved = ev.vote(kept, broken, scores.masked_fill(~valid, torch.nan), valid, 0.6)
+    unscored = scores.masked_fill(~valid, torch.nan)
+    nms = partial(ev.soft_nms, top_k=10)
+    kept, decayed, picked = nms(broken, unscored, valid)
+    moved, *others = ev.vote(nms, broken, unscored, valid, threshold=0.6)
+    assert torch.equal(others[0], decayed) and torch.equal(others[1], picked)
     for b in range(3):
         for one, new in zip(kept[b, picked[b]].tolist(), moved[b, picked[b]].tolist(), strict=True):
             others = zip(segments[b, valid[b]].tolist(), scores[b, valid[b]].tolist(), strict=True)
@@ -251,10 +255,24 @@ def test_voting_equals_plain_loop(seed):
 def test_voting_by_hand():
     segments = torch.tensor([[[0.0, 0.4], [0.0, 0.5], [0.6, 0.9]]])
     scores = torch.tensor([[0.75, 0.25, 0.5]])
-    kept = segments[:, [0, 2]]
+    nms = partial(ev.soft_nms, decay="hard", threshold=0.5)
+    moved, kept, _ = ev.vote(nms, segments, scores, torch.ones(1, 3).bool(), threshold=0.75)
     # tIoU 0.8: three quarters of the first and a quarter of the second.
-    moved = ev.vote(kept, segments, scores, torch.ones(1, 3).bool(), 0.75)
-    torch.testing.assert_close(moved, torch.tensor([[[0.0, 0.425], [0.6, 0.9]]]))
+    torch.testing.assert_close(moved[0, :2], torch.tensor([[0.0, 0.425], [0.6, 0.9]]))
+    assert kept.tolist() == [[0.75, 0.5, 0.0]]
+
+
+def test_the_lines_of_the_page_on_evaluation_run():
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    names = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    moved, kept, _ = names["vote"](
+        *(names[x] for x in ("hard", "segments", "scores", "valid")), threshold=0.75
+    )
+    assert moved[0, 0].tolist() == pytest.approx([0, 0.425]) and kept[0].tolist() == [0.75, 0.5, 0]
+    default = (ROOT / "configs/default.yaml").read_text(encoding="utf-8")
+    for key in re.findall("`([a-z_]+)`", page.partition("| key |")[2].partition("\n\n")[0]):
+        assert key in default, key
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
