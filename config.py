@@ -272,6 +272,7 @@ CHOICES = {
     "cycle": ("epoch", "batch"),
     "optimizer": ("sgd", "adam", "adamw"),
     "schedule": ("constant", "step", "cosine"),
+    "decay": ("gaussian", "linear", "hard"),
 }
 # Other numbers are above 0 unless their default is 0, and whole if their default is.
 MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers"}
@@ -345,6 +346,8 @@ def _rules(cfg, pending):
     inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
     words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
+    for key in ("threshold", "voting"):
+        yield f"detect.{key}", cfg.detect[key] <= 1, "a tIoU, at most 1"
     possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from tqdm import tqdm
 
 import media
-from evaluate import load_json
+from evaluate import is_ambiguous, load_json
 from media import InputError, snippet_frames
 from sola import sample_subsequences
 
@@ -63,13 +63,20 @@ class Video:
     path: str | None = None  # of its frames or features
 
     @property
-    def actions(self) -> tuple[torch.Tensor, tuple[str, ...]]:
+    def annotated(self) -> tuple[torch.Tensor, tuple[str, ...]]:
         """Return the usable segments (n, 2), as fractions clipped to [0, 1], and their n labels."""
         if math.isnan(self.duration):
             raise InputError(f"video {self.name} has no known duration: set data.durations")
         clipped = (self.segments / self.duration).clip(0, 1).astype(np.float32)
         usable = (clipped[:, 1] > clipped[:, 0]) & np.isfinite(self.segments).all(1)
         return torch.from_numpy(clipped[usable]), tuple(compress(self.labels, usable))
+
+    @property
+    def actions(self) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """Return the same without what is labelled Ambiguous, which training leaves out."""
+        segments, labels = self.annotated
+        clear = torch.tensor([not is_ambiguous(label) for label in labels], dtype=torch.bool)
+        return segments[clear], tuple(compress(labels, clear))
 
 
 MAX_RATIO = 2000  # of features' bytes to their file's, which may declare any; gzip reaches 1000
@@ -384,11 +391,17 @@ def select_videos(
         told = _media_duration(path) or seconds
         if not 0.9 < seconds / told < 1.1:
             log(f"{subset}: {path} has {told:g} s, {seconds:g} s are given: milliseconds?")
+    _log_unused_segments(subset, videos, log)
+    return videos
+
+
+def _log_unused_segments(subset, videos, log):
     total = sum(len(video.labels) for video in videos)
-    if lost := total - sum(len(video.actions[1]) for video in videos):
+    if ambiguous := sum(is_ambiguous(label) for video in videos for label in video.labels):
+        log(f"{subset}: {ambiguous} of {total} segments are labelled Ambiguous, and are no actions")
+    if lost := total - sum(len(video.annotated[1]) for video in videos):
         why = "cannot be used; `python -m tools.check_data` lists all problems"
         log(f"{subset}: {lost} of {total} segments {why}")
-    return videos
 
 
 def fill_durations(videos, durations=None, features=(), paths=()):

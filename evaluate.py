@@ -1,7 +1,8 @@
 """Turn proposals into detections and score them: soft-NMS, classes, mAP, AR@AN, error analysis.
 
     python evaluate.py --gt GT.json --pred RESULT.json [--subset validation]
-                       [--tiou 0.5:0.95:0.05] [--ar] [--json OUT.json]
+                       [--tiou 0.5:0.95:0.05] [--ar [AN ...]] [--recall K ...]
+                       [--no-interpolation] [--json OUT.json]
 
 Ground truth is ActivityNet JSON, {"database": {video: {"subset", "duration", "annotations":
 [{"segment", "label"}]}}}, a result {"version", "results": {video: [{"label", "score", "segment"}]},
@@ -31,10 +32,17 @@ Source = str | os.PathLike | Mapping
 ACTIVITYNET_TIOU = np.linspace(0.5, 0.95, 10)
 # Bounds of the length classes of DETAD, in fractions of the video.
 LENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# In place of a prediction's ground truth: none, and then either wrong or not counted.
+FALSE, IGNORED = -1, -2
 
 
 class InputError(ValueError):
     """What a user can mend: a file, a path, an option."""
+
+
+def is_ambiguous(label: str) -> bool:
+    """Return whether a label is THUMOS14's for what is neither an action nor none: "Ambiguous"."""
+    return label.lower() == "ambiguous"
 
 
 # ------------------------------------------------------------------------- proposals to detections
@@ -53,51 +61,55 @@ def tiou(a: Array, b: Array, *, undefined=0.0) -> Array:
         return xp.where(union == 0, undefined, inter / union)
 
 
+@torch.no_grad()
 def soft_nms(
-    segments: Tensor, scores: Tensor, valid: Tensor | None = None, *, sigma=0.84, top_k=100
+    segments: Tensor,
+    scores: Tensor,
+    valid: Tensor | None = None,
+    *,
+    sigma=0.84,
+    top_k=100,
+    decay="gaussian",
+    threshold=0.0,
+    min_score=0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply Gaussian soft-NMS (Bodla et al., ICCV 2017) to a padded batch, on its own device.
+    """Apply soft-NMS (Bodla et al., ICCV 2017) to a padded batch, on its own device.
 
     Repeat: take the highest score of each video (of equal ones the lowest index), then multiply
-    every remaining score by exp(-tIoU^2 / sigma). LoFi uses sigma 0.84, G-TAD 0.8.
+    every remaining score with tIoU > threshold by exp(-tIoU^2 / sigma); decay "linear": by
+    1 - tIoU; "hard": remove it (greedy NMS). LoFi uses sigma 0.84, G-TAD 0.8, both threshold 0.
 
     segments (B, K, 2), scores (B, K) >= 0, valid (B, K) bool or None: False is never picked.
     Returns segments (B, k, 2), decayed scores (B, k), highest first, valid (B, k), where
-    k = min(top_k, K); what follows a video's last candidate is zero, not valid. No gradient.
+    k = min(top_k, K); what follows a video's last candidate, or the last with a decayed score of at
+    least min_score, is zero, not valid. No gradient.
     """
-    return _nms(segments, scores, valid, top_k, sigma=sigma)
-
-
-def hard_nms(
-    segments: Tensor, scores: Tensor, valid: Tensor | None = None, *, threshold: float, top_k=100
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply greedy NMS: a picked segment removes those with tIoU > threshold; see `soft_nms`."""
-    return _nms(segments, scores, valid, top_k, threshold=threshold)
-
-
-@torch.no_grad()
-def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
-    """Pick the best of each video, top_k times; sigma: soft-NMS, else hard NMS."""
     B, K = scores.shape
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     if segments.shape != (B, K, 2) or valid.shape != (B, K):
         got = f"{tuple(segments.shape)}, {(B, K)} and {tuple(valid.shape)}"
         raise ValueError(f"expected segments (B, K, 2), scores (B, K) and valid (B, K), got {got}")
+    if decay not in ("gaussian", "linear", "hard"):
+        raise ValueError(f"decay must be gaussian, linear or hard, got {decay!r}")
     # On a CPU, blocks of videos that stay in the cache: up to twice as fast.
-    at_once = max(1, 40_000 // max(K, 1))
-    if scores.device.type == "cpu" and at_once < B:
-        blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
-        parts = [_nms(*block, top_k, sigma=sigma, threshold=threshold) for block in blocks]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    k = min(top_k, K)
+    at_once = max(1, 40_000 // max(K, 1)) if scores.device.type == "cpu" else max(B, 1)
+    blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
+    parts = [_nms(*block, min(top_k, K), decay, sigma, threshold) for block in blocks]
+    segments, scores, valid = (torch.cat(part) for part in zip(*parts, strict=True))
+    valid &= scores >= min_score
+    return segments.masked_fill(~valid[..., None], 0), scores.masked_fill(~valid, 0), valid
+
+
+def _nms(segments, scores, valid, k, decay, sigma, threshold):
+    """Pick the best of each video, k times; its score is -inf where none is left."""
     dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
     segments = segments.to(dtype).masked_fill(~valid[..., None], 0)
     start, end = (x.clone() for x in segments.unbind(-1))
     # At least tiny, so that two segments of zero length have tIoU 0.
     length = (end - start).clamp_(min=torch.finfo(dtype).tiny)
     remaining = scores.to(dtype).masked_fill(~valid, -torch.inf)
-    picked = torch.zeros(B, k, dtype=torch.long, device=scores.device)
-    kept = torch.zeros(B, k, dtype=dtype, device=scores.device)
+    picked = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
+    kept = torch.zeros(len(scores), k, dtype=dtype, device=scores.device)
     for n in range(k):
         # i (B, 1): the first of equal scores.
         kept[:, n : n + 1], i = remaining.max(1, keepdim=True)
@@ -106,16 +118,53 @@ def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
         overlap = torch.minimum(end, end.gather(1, i)).sub_(torch.maximum(start, best_start))
         overlap.clamp_(min=0)
         overlap.div_((length + length.gather(1, i)).sub_(overlap))
-        if sigma is None:
-            remaining.masked_fill_(overlap > threshold, -torch.inf)
-        else:
+        if threshold:
+            overlap.masked_fill_(overlap <= threshold, 0)
+        if decay == "gaussian":
             remaining.mul_(overlap.square_().mul_(-1 / sigma).exp_())
+        elif decay == "linear":
+            remaining.mul_(overlap.neg_().add_(1))
+        else:
+            remaining.masked_fill_(overlap > 0, -torch.inf)
         # What is picked has no extent from now on: -inf is never multiplied by a factor of 0.
         remaining.scatter_(1, i, -torch.inf)
         end.scatter_(1, i, best_start)
-    valid = kept > -torch.inf
-    segments = segments.gather(1, picked[..., None].expand(-1, -1, 2))
-    return segments.masked_fill(~valid[..., None], 0), kept.masked_fill(~valid, 0), valid
+    return segments.gather(1, picked[..., None].expand(-1, -1, 2)), kept, kept > -torch.inf
+
+
+def class_wise(nms, segments, scores, valid, class_scores, *, top_k: int = 1):
+    """Call nms(segments, scores, valid) such that only proposals of one class compete.
+
+    Each proposal takes part in its top_k classes, with score * class score, unless that is 0.
+    segments (B, K, 2) fractions of the video, scores (B, K), valid (B, K), class_scores (B, n) or,
+    of each proposal, (B, K, n). Returns what nms does, best of all classes first, and the class
+    of each, (B, k, n): 1 for its own, else 0, as `fuse_classes` takes it.
+    """
+    n = class_scores.shape[-1]
+    class_scores = class_scores if class_scores.ndim == 3 else class_scores[:, None]
+    best, label = class_scores.sort(dim=-1, descending=True, stable=True)
+    best, label = (x[..., :top_k].expand(-1, scores.shape[1], -1) for x in (best, label))
+    # Segments of different classes lie apart. In float64 they come back as they were.
+    moved = segments[:, :, None].double() + 2 * label[..., None]
+    parts = (moved, scores[..., None] * best, valid[..., None] & (best > 0))
+    kept, *others = nms(*(x.flatten(1, 2) for x in parts))
+    label = kept[..., :1].div(2, rounding_mode="floor")
+    own = torch.nn.functional.one_hot(label[..., 0].long(), n)
+    return (kept - 2 * label).to(segments.dtype), *others, own
+
+
+def vote(nms, segments, scores, valid, *, threshold: float):
+    """Call nms(segments, scores, valid), and move each segment that it keeps to a mean.
+
+    As ActionFormer's segment voting: the mean of all candidates that it has tIoU >= threshold with,
+    weighted by their scores before NMS. Shapes as in `soft_nms`; returns what nms does.
+    """
+    kept, *others = nms(segments, scores, valid)
+    segments = segments.to(kept.dtype).masked_fill(~valid[..., None], 0)
+    near = (tiou(kept, segments) >= threshold) & valid[:, None]
+    weight = torch.where(near, scores[:, None], 0).to(kept.dtype)
+    total = weight.sum(-1, keepdim=True)
+    return torch.where(total > 0, weight @ segments / total, kept), *others
 
 
 def load_class_scores(
@@ -258,6 +307,7 @@ class _Segments:
     segment: np.ndarray | None = None  # (P, 2) seconds
     score: np.ndarray | None = None  # (P,)
     durations: np.ndarray | None = None  # (V,) seconds, NaN where unknown
+    ambiguous: "_Segments | None" = None  # of a ground truth: what is labelled so, in no class
 
     def take(self, rows):
         """Return some of them, in the order of `rows`."""
@@ -346,9 +396,15 @@ def _read_ground_truth(data, name, subset, notes):
         raise InputError(f"{name}: no video of subset {subset!r}; there are {there}")
     annotations = {video: info.get("annotations") or [] for video, info in chosen.items()}
     truth = _read_entries(annotations, name, ("label", "segment"), notes)
+    truth.score = np.ones(len(truth.video))
+    unclear = np.array([*map(is_ambiguous, truth.classes)], bool)
+    ambiguous = truth.take(unclear[truth.label])
+    truth = truth.take(~unclear[truth.label])
+    truth.label = (np.cumsum(~unclear) - 1)[truth.label]
+    truth.classes = [label for label in truth.classes if not is_ambiguous(label)]
+    truth.ambiguous = ambiguous
     if not len(truth.video):
         raise InputError(f"{name}: no annotation in the {len(chosen)} videos of subset {subset!r}")
-    truth.score = np.ones(len(truth.video))
     durations = [info.get("duration") for info in chosen.values()]
     # None and NaN: unknown.
     durations = [0 if sec is None or sec != sec else sec for sec in durations]
@@ -358,10 +414,13 @@ def _read_ground_truth(data, name, subset, notes):
     return truth
 
 
-def _read_predictions(results, name, truth, subset, ar, notes):
-    """Return the segments of a result; for AR@AN without labels, if no entry has one."""
+def _read_predictions(data, name, truth, subset, ar, notes):
+    """Return the segments of a result, for AR@AN without labels, if no entry has one, and who made
+    its classes."""
+    if "results" not in data:
+        raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
     keys = ("segment", "score", "label")
-    read = _read_entries(results, name, keys, notes, optional="label" if ar else None)
+    read = _read_entries(data["results"], name, keys, notes, optional="label" if ar else None)
     place = _index(read.videos, truth.videos)
     unknown = [read.videos[i] for i in np.flatnonzero(place < 0)]
     video = place[read.video]
@@ -375,8 +434,10 @@ def _read_predictions(results, name, truth, subset, ar, notes):
         notes.append(f"{late.sum()} predictions end long after their video: are they in seconds?")
     elif len(late) and lasts[1].max() <= 1 < np.nanmin(lasts[0], initial=np.inf) / 2:
         notes.append("all predictions end within 1 s: are they fractions instead of seconds?")
-    label = None
+    label, source = None, "none (class-agnostic proposals)"
     if read.label is not None:
+        external = data.get("external_data")
+        source = external.get("class_source", "unknown") if type(external) is dict else "unknown"
         place = _index(read.classes, truth.classes)
         unknown = [read.classes[i] for i in np.flatnonzero(place < 0)]
         label = place[read.label]
@@ -384,7 +445,8 @@ def _read_predictions(results, name, truth, subset, ar, notes):
             note = f"{(label < 0).sum()} of {len(label)} predictions have"
             note = f"{note} {_count(unknown, 'label')} that subset {subset!r} does not have"
             notes.append(f"{note}: they count for no class")
-    return replace(truth, video=video, label=label, segment=read.segment, score=read.score)
+    columns = {"video": video, "label": label, "segment": read.segment, "score": read.score}
+    return replace(truth, **columns), str(source)
 
 
 def _count(names, noun):
@@ -457,9 +519,10 @@ def write_json(content, path, indent=None):
 # ----------------------------------------------------------------------------------- mAP and AR@AN
 
 
-def _match_predictions(truth, predicted, thresholds):
-    """Return predictions class by class, best first, their ground truths (T, P) or -1, and AP.
+def _match_predictions(truth, predicted, thresholds, interpolate):
+    """Return predictions class by class, best first, their ground truths (T, P), and AP.
 
+    Without a ground truth a prediction is IGNORED if it overlaps an ambiguous segment, else FALSE.
     Equal scores fall as in the official evaluator: numpy's default argsort of a class's scores in
     file order, reversed.
     """
@@ -473,8 +536,11 @@ def _match_predictions(truth, predicted, thresholds):
     for row, threshold in zip(match, thresholds, strict=True):
         near = ~(overlap < threshold)
         row[:] = _match(p[near], t[near], len(order), len(truth.video))
+    p, _, overlap = _candidates(truth.ambiguous, ranked, 0, by_class=False)
+    p = p[overlap > 0]
+    match[:, p] = np.where(match[:, p] == FALSE, IGNORED, match[:, p])
     positives = np.bincount(truth.label, minlength=len(truth.classes))
-    return ranked, match, _average_precision(match >= 0, ranked.label, positives)
+    return ranked, match, _average_precision(match, ranked.label, positives, interpolate)
 
 
 def _candidates(truth, predicted, lowest, *, by_class):
@@ -514,11 +580,11 @@ def _candidates(truth, predicted, lowest, *, by_class):
 def _match(p, t, P, G):
     """Match greedily: predictions in order, each takes the first free ground truth of its pairs.
 
-    p, t (m,): pairs of `_candidates`. Returns (P,), -1 for none: the sequential loop's result, in a
+    p, t (m,): pairs of `_candidates`. Returns (P,), else FALSE: the sequential loop's result, in a
     few rounds. A pair is sure if it is the first of its prediction and of its ground truth, as no
     better-ranked prediction wants that; it takes both out of the next round.
     """
-    match = np.full(P, -1)
+    match = np.full(P, FALSE)
     free = np.ones(G, bool)
     first = np.empty(G, int)
     while len(p):
@@ -534,22 +600,23 @@ def _match(p, t, P, G):
     return match
 
 
-def _average_precision(hits, label, positives, counted=None):
-    """Return the area under the interpolated precision-recall curve: (classes with positives, T).
+def _average_precision(match, label, positives, interpolate):
+    """Return the area under the precision-recall curve: (classes with positives, T).
 
-    hits (T, P) bool in ranked order, label (P,), positives (n,): ground truths of each class;
-    counted (T, P): False is ignored.
+    match (T, P) in ranked order, label (P,), positives (n,): ground truths of each class.
     """
     bounds = np.searchsorted(label, np.arange(len(positives) + 1))
-    ap = np.zeros((len(positives), len(hits)))
-    for t, hit in enumerate(hits):
+    ap = np.zeros((len(positives), len(match)))
+    for t, row in enumerate(match):
         for c, (first, last) in enumerate(pairwise(bounds)):
-            at = np.flatnonzero(hit[first:last])
+            at = np.flatnonzero(row[first:last] >= 0)
             if len(at):
-                seen = at + 1 if counted is None else np.cumsum(counted[t, first:last])[at]
+                seen = np.cumsum(row[first:last] != IGNORED)[at]
                 precision = np.arange(1, len(at) + 1) / seen
-                # Each hit adds 1 / positives to the recall, at the best precision from there on.
-                ap[c, t] = np.maximum.accumulate(precision[::-1]).sum() / positives[c]
+                if interpolate:  # the best precision from there on
+                    precision = np.maximum.accumulate(precision[::-1])
+                # Each hit adds 1 / positives to the recall.
+                ap[c, t] = precision.sum() / positives[c]
     return ap[positives > 0]
 
 
@@ -566,9 +633,12 @@ def _errors(truth, ranked, match, thresholds):
     A false positive is named after the ground truth of its video, of any class, with the highest
     tIoU. At least the threshold: double detection (own class) or wrong label; at least 0.1:
     localization (own class) or confusion (another class); else background. Counted over all
-    predictions and over the first 10 g of each class with g ground truths.
+    predictions but the ignored, and over the first 10 g of each class with g ground truths.
     """
     nearest = np.abs(thresholds - 0.5).argmin()
+    match = match[nearest]
+    ranked = ranked.take(match != IGNORED)
+    match = match[match != IGNORED]
     label = ranked.label
     p, t, overlap = _candidates(truth, ranked, 0.1, by_class=False)
     # Zero length on zero length is a match, as for mAP.
@@ -583,7 +653,7 @@ def _errors(truth, ranked, match, thresholds):
     names += ["localization", "confusion", "background"]
     kind = np.full(len(label), 5)
     kind[p[best]] = np.select([near & own, near, own], [1, 2, 3], default=4)
-    kind[match[nearest] >= 0] = 0
+    kind[match >= 0] = 0
     rank = np.arange(len(label)) - np.searchsorted(label, label)
     errors = {"tiou": float(thresholds[nearest])}
     first = rank < 10 * np.bincount(truth.label)[label]
@@ -593,7 +663,7 @@ def _errors(truth, ranked, match, thresholds):
     return errors
 
 
-def _by_length(truth, ranked, match, thresholds):
+def _by_length(truth, ranked, match, thresholds, interpolate):
     """Return mAP by the ground truth's length in fractions of its video.
 
     The mean is over the classes that occur. Like COCO's object sizes: ground truths of other
@@ -607,35 +677,65 @@ def _by_length(truth, ranked, match, thresholds):
         length = (segments.segment[:, 1] - segments.segment[:, 0]) / duration
         length_class = np.searchsorted(LENGTHS[1:-1], length).astype(np.int8)
         lengths.append(np.where(np.isfinite(length), length_class, -1))
-    length = np.where(match >= 0, lengths[0][match], lengths[1])  # (T, P)
+    length = np.where(match >= 0, lengths[0][match.clip(0)], lengths[1])  # (T, P)
     rows = []
     for i, (low, high) in enumerate(pairwise(LENGTHS)):
         positives = np.bincount(truth.label[lengths[0] == i], minlength=len(truth.classes))
         row = {"from": low, "to": high}
         row |= {"segments": int(positives.sum()), "classes": int((positives > 0).sum())}
         if row["segments"]:
-            counted = length == i
-            ap = _average_precision(counted & (match >= 0), ranked.label, positives, counted)
+            counted = np.where(length == i, match, IGNORED)
+            ap = _average_precision(counted, ranked.label, positives, interpolate)
             row |= _summary(ap, thresholds)
         rows.append(row)
     return rows
 
 
-def _average_recall(truth, predicted):
+def _recall_of_first(truth, ranked, thresholds, times):
+    """Return {"R@1x": {threshold: recall}, ...} for each k of `times`, as ActionFormer (Ego4D).
+
+    Of a class with g ground truths in a video the first k g predictions there count; a ground truth
+    is found if any of them has tIoU >= threshold. The mean over classes.
+    """
+    groups = [x.label * (len(truth.videos) + 1) + x.video + 1 for x in (truth, ranked)]
+    order = np.argsort(groups[1], kind="stable")
+    rank = np.empty(len(order))
+    rank[order] = np.arange(len(order)) - np.searchsorted(groups[1][order], groups[1][order])
+    p, t, overlap = _candidates(truth, ranked, min(thresholds), by_class=True)
+    depth = rank[p] / np.bincount(groups[0])[groups[1][p]]
+    recall = {}
+    for k in times:
+        row = recall[f"R@{k}x"] = {}
+        for threshold in thresholds:
+            found = np.zeros(len(truth.video))
+            found[t[(depth < k) & (overlap >= threshold)]] = 1
+            by_class = np.bincount(truth.label, found) / np.bincount(truth.label)
+            row[f"{threshold:g}"] = float(by_class.mean())
+    return recall
+
+
+def _average_recall(truth, predicted, numbers, notes):
     """Return average recall against the average number of proposals a video, as ActivityNet does.
 
     Of every video the same fraction of its proposals is kept, such that the mean over the annotated
-    videos is AN = 1..100. The area under the curve ("AUC") is divided by 100, hence in [0, 1].
+    videos is AN = 1, 2, ... to the largest of `numbers`, 100 in the official evaluation. The area
+    under the curve ("AUC") is divided by that, hence in [0, 1].
     """
+    rows = np.column_stack([predicted.video, predicted.segment])
+    repeated = len(rows) - len(np.unique(rows, axis=0))
+    if repeated and predicted.label is not None:
+        note = f"{repeated} of {len(rows)} predictions repeat a segment (under another label?)"
+        notes.append(f"{note}: AR@AN counts each, score the proposals themselves instead")
     annotated = np.unique(truth.video)
     order = np.argsort(predicted.video, kind="stable")
     bounds = np.searchsorted(predicted.video[order], np.arange(len(truth.videos) + 1))
     available = np.diff(bounds)[annotated]
-    share = 100 * len(annotated) / max(len(order), 1)
+    most = max(numbers)
+    share = most * len(annotated) / max(len(order), 1)
     kept = np.minimum((available * share).astype(int), available)
-    fraction = np.arange(1, 101) / 100 * (100 * len(annotated) / max(kept.sum(), 1))
+    fraction = np.arange(1, most + 1) / most * (most * len(annotated) / max(kept.sum(), 1))
     # The highest tIoU among the proposals kept, by ground truth and AN.
-    best = np.zeros((len(truth.video), 100))
+    best = np.zeros((len(truth.video), most))
     for v, k in zip(annotated, kept, strict=True):
         rows = np.flatnonzero(truth.video == v)
         mine = order[bounds[v] : bounds[v + 1]]
@@ -645,16 +745,24 @@ def _average_recall(truth, predicted):
         running = np.maximum.accumulate(overlap, 1)
         best[rows] = running[:, np.minimum((k * fraction).astype(int), k)]
     recall = np.mean([(best >= t).mean(0) for t in ACTIVITYNET_TIOU], 0)
-    area = ((recall[1:] + recall[:-1]) / 2).sum() / 100
-    metrics = {"AN": list(range(1, 101)), "recall": recall.tolist(), "AUC": float(area)}
-    return metrics | {f"AR@{k}": float(recall[k - 1]) for k in (1, 5, 10, 50, 100)}
+    area = ((recall[1:] + recall[:-1]) / 2).sum() / most
+    metrics = {"AN": list(range(1, most + 1)), "recall": recall.tolist(), "AUC": float(area)}
+    return metrics | {f"AR@{k}": float(recall[k - 1]) for k in numbers}
 
 
 # ---------------------------------------------------------------------------- evaluate and report
 
 
 def evaluate(
-    gt: Source, pred: Source, *, subset="validation", thresholds=None, ar=False, analysis=True
+    gt: Source,
+    pred: Source,
+    *,
+    subset="validation",
+    thresholds=None,
+    ar: bool | Sequence[int] = False,
+    analysis=True,
+    recall: Sequence[int] = (),
+    interpolate=True,
 ) -> dict:
     """Score a result: mAP as ActivityNet's official evaluator, ties and zero lengths included.
 
@@ -662,67 +770,77 @@ def evaluate(
     video and class with the highest tIoU >= threshold; without one they are false positives, as in
     unknown videos. The tIoU of two zero lengths is undefined and a match. AP is the area under the
     interpolated precision-recall curve, mAP its mean over the subset's classes.
+    Segments labelled Ambiguous are no ground truth (nor for AR) and no class. As in THUMOS14's
+    TH14eventdetpr, a prediction of any class that takes no ground truth and overlaps one, by any
+    tIoU above 0 whatever the threshold, is ignored: neither hit nor false positive.
 
     gt, pred: ground truth and result, paths or loaded JSON. thresholds: default 0.5:0.95:0.05
-    (THUMOS14: 0.3:0.7:0.1). ar: also AR@AN, of proposals (only that, if no entry has a "label").
-    analysis: also the kinds of errors and mAP by length. Raises InputError for unusable input.
+    (THUMOS14: 0.3:0.7:0.1). ar: also AR@AN, of proposals (only that, if no entry has a "label"), at
+    1, 5, 10, 50, 100 or the AN given. analysis: also the kinds of errors and mAP by length. recall:
+    for each k, that of the first k x g predictions of a class with g segments in a video.
+    interpolate: False: AP is the sum of the precision at each hit over the number of ground truths,
+    as THUMOS14 has it. Raises InputError for unusable input.
     Returns {"mAP": {"0.5": ...}, "average_mAP", "common": both over the videos with predictions,
-    "AP": by class, "evaluated_videos", "class_source", "errors", "by_length", "AR", "warnings"
-    (issued, too), ...}; scores in [0, 1].
+    "AP": by class, "interpolated", "evaluated_videos", "class_source", "errors", "by_length",
+    "recall", "AR", "warnings" (issued, too), ...}; scores in [0, 1].
     """
     notes = []
-    thresholds = np.asarray(ACTIVITYNET_TIOU if thresholds is None else thresholds, np.float64)
-    possible = (thresholds > 0) & (thresholds <= 1)
-    if thresholds.ndim != 1 or not thresholds.size or not possible.all():
-        raise InputError(f"tIoU thresholds must be in (0, 1], got {thresholds.tolist()}")
+    ar = (1, 5, 10, 50, 100) if ar is True else ar
+    thresholds = _check_options(thresholds, {"AN": ar or (), "k of the recall": recall})
     data, name = _load(gt, "ground truth")
     truth = _read_ground_truth(data, name, subset, notes)
     data, name = _load(pred, "results")
-    if "results" not in data:
-        raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
-    predicted = _read_predictions(data["results"], name, truth, subset, ar, notes)
-    external = data.get("external_data")
-    source = external.get("class_source", "unknown") if isinstance(external, dict) else "unknown"
-    if predicted.label is None:
-        source = "none (class-agnostic proposals)"
+    predicted, source = _read_predictions(data, name, truth, subset, ar, notes)
     metrics = {
         "subset": subset,
         "thresholds": thresholds.tolist(),
         "evaluated_videos": len(np.unique(predicted.video[predicted.video >= 0])),
         "ground_truth_videos": len(truth.videos),
         "segments": len(truth.video),
+        "ambiguous": len(truth.ambiguous.video),
         "classes": len(truth.classes),
         "predictions": len(predicted.video),
         "unknown_videos": len(data["results"].keys() - set(truth.videos)),
-        "class_source": str(source),
+        "class_source": source,
+        "interpolated": bool(interpolate),
     }
     if predicted.label is not None:
-        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, notes)
+        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall, notes)
     if ar:
-        metrics["AR"] = _average_recall(truth, predicted)
-        rows = np.column_stack([predicted.video, predicted.segment])
-        repeated = len(rows) - len(np.unique(rows, axis=0))
-        if repeated and predicted.label is not None:
-            note = f"{repeated} of {len(rows)} predictions repeat a segment (under another label?)"
-            notes.append(f"{note}: AR@AN counts each, score the proposals themselves instead")
+        metrics["AR"] = _average_recall(truth, predicted, ar, notes)
     metrics["warnings"] = notes
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return metrics
 
 
-def _score_detections(truth, predicted, thresholds, counts, analysis, notes):
+def _check_options(thresholds, counts):
+    """Return the thresholds as an array; InputError for impossible ones, or counts below 1."""
+    thresholds = np.asarray(ACTIVITYNET_TIOU if thresholds is None else thresholds, np.float64)
+    possible = (thresholds > 0) & (thresholds <= 1)
+    if thresholds.ndim != 1 or not thresholds.size or not possible.all():
+        raise InputError(f"tIoU thresholds must be in (0, 1], got {thresholds.tolist()}")
+    for name, numbers in counts.items():
+        if not all(k in range(1, 10_001) for k in numbers):
+            raise InputError(f"{name} must be whole numbers from 1 to 10000, got {[*numbers]}")
+    return thresholds
+
+
+def _score_detections(truth, predicted, thresholds, counts, analysis, recall, notes):
     """Return mAP over all videos and over those with predictions, the counts, the analyses."""
-    ranked, match, ap = _match_predictions(truth, predicted, thresholds)
+    interpolate = counts["interpolated"]
+    ranked, match, ap = _match_predictions(truth, predicted, thresholds, interpolate)
     common = ap
     if counts["evaluated_videos"] < len(truth.videos) or counts["unknown_videos"]:
         few = truth.take(np.isin(truth.video, predicted.video))
         known = predicted.take(predicted.video >= 0)
-        common = _match_predictions(few, known, thresholds)[2]
+        common = _match_predictions(few, known, thresholds, interpolate)[2]
     metrics = _summary(ap, thresholds)
     metrics["common"] = _summary(common, thresholds)
     metrics |= counts
     metrics["AP"] = dict(zip(truth.classes, ap.mean(1).tolist(), strict=True))
+    if recall:
+        metrics["recall"] = _recall_of_first(truth, ranked, thresholds, recall)
     if analysis:
         metrics["errors"] = _errors(truth, ranked, match, thresholds)
         untimed = np.isnan(truth.durations).sum()
@@ -730,7 +848,7 @@ def _score_detections(truth, predicted, thresholds, counts, analysis, notes):
             note = f"{untimed} of {len(truth.videos)} videos have no (positive) duration"
             notes.append(f"{note}: left out of mAP by length")
         if untimed < len(truth.videos):
-            metrics["by_length"] = _by_length(truth, ranked, match, thresholds)
+            metrics["by_length"] = _by_length(truth, ranked, match, thresholds, interpolate)
     return metrics
 
 
@@ -742,11 +860,17 @@ def report(metrics: Mapping) -> str:
         f"subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments, "
         f"{m['classes']} classes\nclass labels from: {m['class_source']}"
     ]
+    if m["ambiguous"]:
+        text[0] += f"\nambiguous, hence no segment of these, and no error there: {m['ambiguous']}"
     if "mAP" in m:
         sides = {"all videos": m, f"the {m['evaluated_videos']} with predictions": m["common"]}
         values = [[*side["mAP"].values(), side["average_mAP"]] for side in sides.values()]
         rows = [[name, *map(percent, row)] for name, row in zip(sides, values, strict=True)]
-        text.append(markdown_table(["mAP (%) at tIoU", *m["mAP"], "average"], rows))
+        kind = "" if m["interpolated"] else ", AP not interpolated,"
+        text.append(markdown_table([f"mAP (%){kind} at tIoU", *m["mAP"], "average"], rows))
+    if "recall" in m:
+        rows = [[name, *map(percent, row.values())] for name, row in m["recall"].items()]
+        text.append(markdown_table(["recall (%) at tIoU", *m["mAP"]], rows))
     if "AR" in m:
         keys = [key for key in m["AR"] if key == "AUC" or key.startswith("AR@")]
         row = ["proposals", *(percent(m["AR"][key]) for key in keys)]
@@ -813,13 +937,16 @@ def _is_own(path):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score a result.")
-    parser.add_argument("--gt", required=True, help="annotations, ActivityNet JSON")
-    parser.add_argument("--pred", required=True, help="result JSON")
-    parser.add_argument("--subset", default="validation", help="default: %(default)s")
+    add = parser.add_argument
+    add("--gt", required=True, help="annotations, ActivityNet JSON")
+    add("--pred", required=True, help="result JSON")
+    add("--subset", default="validation", help="default: %(default)s")
     tiou_help = "LOW:HIGH:STEP or a list (default: 0.5:0.95:0.05; THUMOS14: 0.3:0.7:0.1)"
-    parser.add_argument("--tiou", type=_thresholds, default=ACTIVITYNET_TIOU, help=tiou_help)
-    parser.add_argument("--ar", action="store_true", help="also AR@AN, for proposals")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers at full precision")
+    add("--tiou", type=_thresholds, default=ACTIVITYNET_TIOU, help=tiou_help)
+    add("--ar", nargs="*", type=int, metavar="AN", help="also AR@AN, for proposals, at such AN")
+    add("--recall", nargs="+", type=int, default=(), metavar="K", help="also R@Kx, as Ego4D has it")
+    add("--no-interpolation", action="store_true", help="AP as THUMOS14 has it")
+    add("--json", metavar="FILE", help="write the numbers at full precision")
     args = parser.parse_args(argv)
     try:
         if args.json and not _is_own(args.json):
@@ -827,7 +954,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             # Printed below.
             warnings.simplefilter("ignore", UserWarning)
-            options = {"subset": args.subset, "thresholds": args.tiou, "ar": args.ar}
+            options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
+            options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
             metrics = evaluate(args.gt, args.pred, **options)
         for note in metrics["warnings"]:
             print(f"warning: {note}", file=sys.stderr)

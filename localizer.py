@@ -542,18 +542,27 @@ def predict(model, features, names, durations, options, class_scores=None, windo
     of a segment's class is its proposal's score ** confidence_power times its probability. Both
     results are {video: [{"label", "score", "segment"}]}, best first, proposals without labels.
     """
-    *proposals, classes = propose(model, features, window)
-    nms = partial(evaluate.soft_nms, sigma=options["sigma"], top_k=options["top_k"])
-    kept = agnostic = nms(*proposals)
+    segments, confidence, valid, classes = propose(model, features, window)
+    nms_options = ("sigma", "top_k", "decay", "threshold", "min_score")
+    nms = partial(evaluate.soft_nms, **{name: options[name] for name in nms_options})
+    if options["voting"]:
+        nms = partial(evaluate.vote, nms, threshold=options["voting"])
+    kept = agnostic = nms(segments, confidence, valid)
     scores, labels = class_scores or (classes, model.classes)
-    if model.per_segment and class_scores is None:
+    most = options["classes_per_video"]
+    per_segment = model.per_segment and class_scores is None
+    if per_segment:
+        confidence = confidence ** options["confidence_power"]
+        scores = segment_probabilities(classes, segments)
+    if options["class_wise"]:
+        scores = torch.as_tensor(scores).to(confidence)
+        *kept, scores = evaluate.class_wise(nms, segments, confidence, valid, scores, top_k=most)
+        most = 1
+    elif per_segment:
         # Proposals compete with the score of their best class, and share that out to the others.
-        segments, confidence, valid = proposals
-        best = segment_probabilities(classes, segments).amax(2)
-        kept = nms(segments, confidence ** options["confidence_power"] * best, valid)
+        kept = nms(segments, confidence * scores.amax(2), valid)
         scores = segment_probabilities(classes, kept[0])
         scores = scores / scores.amax(2, keepdim=True).clamp_min(1e-12)
-    most = options["classes_per_video"]
     detections = evaluate.fuse_classes(*kept, names, durations, scores, labels, top_k=most)
     agnostic = evaluate.fuse_classes(*agnostic, names, durations, np.ones((len(names), 1)), [""])
     for proposal in chain.from_iterable(agnostic.values()):

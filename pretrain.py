@@ -156,7 +156,7 @@ def segment_clips(train, val, min_background=None):
                     clips.append(Clip(video.path, *times, classes.index(label), video.duration))
         if min_background and clips:  # without segments, nothing tells what is background
             for video in videos:
-                for start, end in gaps(video.actions[0], min_background):
+                for start, end in gaps(video.annotated[0], min_background):
                     times = (start * video.duration, end * video.duration)
                     clips.append(Clip(video.path, *times, len(classes), video.duration))
         parts.append(clips)

@@ -54,6 +54,15 @@ def test_segments_with_problems_are_found():
     ]
 
 
+def test_ambiguous_segments_are_counted_and_are_no_class(tmp_path, capsys):
+    segments = [{"segment": [i, i + 1], "label": x} for i, x in enumerate(["dive", "Ambiguous"])]
+    database = {"v": {"subset": "training", "duration": 9.0, "annotations": segments * 2}}
+    assert main(["--annotations", write_annotations(tmp_path / "a.json", database)]) == 0
+    text = capsys.readouterr().out
+    assert "4 segments, 0.00 hours, 1 classes" in text and "| Ambiguous" not in text
+    assert "2 x label Ambiguous (no action in training" in text
+
+
 def test_problems_of_real_annotations():
     videos = data.load_annotations(shared("anet13_annotations.json"))["validation"]
     found = [problem for video in videos for _, problem in check_data.segment_problems(video)]

@@ -123,6 +123,23 @@ def test_annotations_are_read_as_for_scoring(tmp_path):
     assert (metrics["segments"], metrics["classes"]) == (1, 1)
 
 
+def test_ambiguous_segments_are_no_actions(tmp_path):
+    (tmp_path / "v.zip").touch()
+    segments, labels = [(1, 2), (3, 4), (5, 5)], ["Ambiguous", "dive", "ambiguous"]
+    subsets = {"t": [make_video("v", 8.0, segments, labels), make_video("w", 8.0, [(0, 1)], ["x"])]}
+    logged = []
+    video, *others = data.select_videos(subsets, "t", str(tmp_path), "frames", logged.append)
+    assert not others and data.class_names([video]) == ["dive"]
+    assert video.actions[0].tolist() == [[0.375, 0.5]] and video.actions[1] == ("dive",)
+    assert video.annotated[1] == ("Ambiguous", "dive")
+    assert logged[1:] == [
+        "t: 2 of 3 segments are labelled Ambiguous, and are no actions",
+        "t: 1 of 3 segments cannot be used; `python -m tools.check_data` lists all problems",
+    ]
+    with pytest.raises(InputError, match="no usable segment"):
+        data.check_segments({"t": [make_video("v", 8.0, [(1, 2)], ["Ambiguous"])]}, train="t")
+
+
 @pytest.mark.parametrize("seconds", [0, -1, math.inf, "x", [1], None])
 def test_durations_are_seconds_above_0(seconds, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps({"v": seconds}))

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,8 @@ def plain_tiou(a, b):
     return inter / union if union else math.nan
 
 
-def plain_hits(truth, mine, threshold):
-    """Return 1 or 0 for each prediction of a class, best score first."""
+def plain_hits(truth, mine, threshold, ambiguous=()):
+    """Return 1 or 0 for each prediction of a class, best score first, without the ignored."""
     taken = set()
     hits = []
     for video, _, segment, _ in mine:
@@ -47,44 +49,54 @@ def plain_hits(truth, mine, threshold):
                 taken.add(here[k])
                 hit = 1
                 break
-        hits.append(hit)
+        unclear = [row[2] for row in ambiguous if row[0] == video]
+        if hit or not any(plain_tiou(segment, one) > 0 for one in unclear):
+            hits.append(hit)
     return hits
 
 
-def plain_ap(hits, positives):
+def plain_ap(hits, positives, interpolate=True):
     precision = [sum(hits[:n]) / n for n in range(1, len(hits) + 1)]
+    if not interpolate:
+        return sum(p for p, hit in zip(precision, hits, strict=True) if hit) / positives
     recall = [0.0] + [sum(hits[:n]) / positives for n in range(1, len(hits) + 1)]
     return sum((recall[i + 1] - recall[i]) * max(precision[i:]) for i in range(len(hits)))
 
 
-def plain_map(gt, pred, thresholds):
+def plain_map(gt, pred, thresholds, interpolate=True):
     """Return AP (classes, thresholds). gt, pred: rows (video, label, segment[, score])."""
     table = []
-    for label in dict.fromkeys(row[1] for row in gt):
+    ambiguous = [row for row in gt if row[1] == "Ambiguous"]
+    for label in dict.fromkeys(row[1] for row in gt if row[1] != "Ambiguous"):
         truth = [row for row in gt if row[1] == label]
         mine = [row for row in pred if row[1] == label]
         order = np.array([row[3] for row in mine]).argsort()[::-1]
         mine = [mine[i] for i in order]
-        table.append([plain_ap(plain_hits(truth, mine, t), len(truth)) for t in thresholds])
+        hits = [plain_hits(truth, mine, t, ambiguous) for t in thresholds]
+        table.append([plain_ap(one, len(truth), interpolate) for one in hits])
     return np.array(table)
 
 
-def plain_nms(segments, scores, top_k, sigma=None, threshold=None):
-    """Return rows (start, end, score): soft-NMS if sigma is given, else hard NMS."""
+def plain_nms(
+    segments, scores, top_k, *, sigma=0.84, decay="gaussian", threshold=0.0, min_score=0.0
+):
+    """Return rows (start, end, score)."""
     remaining = list(range(len(scores)))
     scores = list(scores)
     out = []
     while remaining and len(out) < top_k:
         best = max(remaining, key=lambda i: (scores[i], -i))
         remaining.remove(best)
+        if scores[best] < min_score:
+            break
         out.append((*segments[best], scores[best]))
-        overlaps = {i: plain_tiou(segments[best], segments[i]) for i in remaining}
-        if sigma is None:
-            remaining = [i for i in remaining if not overlaps[i] > threshold]
-            continue
-        for i in remaining:
-            if overlaps[i] > 0:
-                scores[i] *= math.exp(-(overlaps[i] ** 2) / sigma)
+        for i in list(remaining):
+            overlap = plain_tiou(segments[best], segments[i])
+            if not overlap > threshold:
+                continue
+            if decay == "hard":
+                remaining.remove(i)
+            scores[i] *= math.exp(-(overlap**2) / sigma) if decay == "gaussian" else 1 - overlap
     return out
 
 
@@ -148,20 +160,25 @@ def random_proposals(seed, B, K, dtype=torch.float64):
     return segments, scores, torch.rand(B, K, generator=g) < 0.7
 
 
-@pytest.mark.parametrize("rule", ["soft", "hard"])
+RULES = [
+    {"sigma": (0.84, 0.3, 1e-4)},
+    {"decay": ["hard"], "threshold": (0.5, 0.0, 1.0)},
+    {"decay": ["linear"], "threshold": (0.0, 0.3, 0.7), "min_score": (0.0, 0.3, 0.5)},
+    {"sigma": (0.5, 0.3, 0.84), "threshold": (0.3, 0.5, 0.9), "min_score": (0.01, 0.25, 0.6)},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["soft", "hard", "linear", "all"])
 @pytest.mark.parametrize("seed", range(25))
 def test_nms_equals_plain_loop(seed, rule):
     B = 1 + seed % 4
     K = (1, 2, 7, 30, 60)[seed % 5]
     top_k = (100, 5, 20)[seed % 3]
-    nms = ev.soft_nms if rule == "soft" else ev.hard_nms
-    options = {"sigma": (0.84, 0.3, 1e-4)[seed % 3]}
-    if rule == "hard":
-        options = {"threshold": (0.5, 0.0, 1.0)[seed % 3]}
+    options = {name: values[seed % len(values)] for name, values in rule.items()}
     segments, scores, valid = random_proposals(seed, B, K)
     segments = segments.masked_fill(~valid[..., None], torch.nan)
     scores = scores.masked_fill(~valid, torch.nan)
-    out, kept, picked = nms(segments, scores, valid, top_k=top_k, **options)
+    out, kept, picked = ev.soft_nms(segments, scores, valid, top_k=top_k, **options)
     for b in range(B):
         one = segments[b, valid[b]].tolist()
         expected = plain_nms(one, scores[b, valid[b]].tolist(), top_k, **options)
@@ -173,13 +190,97 @@ def test_nms_equals_plain_loop(seed, rule):
         assert not got[n:].any()
 
 
+def plain_class_wise(segments, scores, class_scores, most, top_k):
+    """Return rows (start, end, score, class): NMS of each class by itself, the best of all."""
+    rows = []
+    for c in range(class_scores.shape[1]):
+        mine = []
+        for i, row in enumerate(class_scores.tolist()):
+            best = sorted(range(len(row)), key=lambda x: -row[x])[:most]
+            if c in best and row[c] > 0:
+                mine.append(i)
+        fused = [(scores[i] * class_scores[i, c]).item() for i in mine]
+        kept = plain_nms([segments[i].tolist() for i in mine], fused, top_k, sigma=0.3)
+        rows += [(*row, c) for row in kept]
+    return sorted(rows, key=lambda row: -row[2])[:top_k]
+
+
+@pytest.mark.parametrize("per_video", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_class_wise_nms_equals_plain_loop(seed, per_video):
+    B, K, n, most, top_k = 3, 20, 4, 1 + seed % 3, (5, 30)[seed % 2]
+    segments, _, valid = random_proposals(seed, B, K)
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(B, K, generator=g, dtype=torch.float64)
+    classes = torch.rand(B, *([] if per_video else [K]), n, generator=g, dtype=torch.float64)
+    classes = classes.masked_fill(classes < 0.2, 0)
+    nms = partial(ev.soft_nms, sigma=0.3, top_k=top_k)
+    out, kept, picked, own = ev.class_wise(nms, segments, scores, valid, classes, top_k=most)
+    classes = classes[:, None].expand(B, K, n) if per_video else classes
+    for b in range(B):
+        some = (segments[b, valid[b]], scores[b, valid[b]], classes[b, valid[b]])
+        expected = torch.tensor(plain_class_wise(*some, most, top_k), dtype=torch.float64)
+        got = torch.cat([out[b], kept[b, :, None], own[b].argmax(1)[:, None]], 1)[picked[b]]
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        assert (own[b].sum(1) == 1).all()
+
+
+def test_class_wise_nms_gives_float32_segments_back_as_they_were():
+    segments, scores, valid = random_proposals(1, 2, 50, torch.float32)
+    segments = segments * 0.99
+    classes = torch.eye(200)[[7, 199]]
+    kept, *_ = ev.class_wise(ev.soft_nms, segments, scores, valid, classes)
+    assert torch.equal(kept, ev.soft_nms(segments, scores, valid)[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_voting_equals_plain_loop(seed):
+    segments, scores, valid = random_proposals(seed, 3, 30)
+    broken = segments.masked_fill(~valid[..., None], torch.nan)
+    unscored = scores.masked_fill(~valid, torch.nan)
+    nms = partial(ev.soft_nms, top_k=10)
+    kept, decayed, picked = nms(broken, unscored, valid)
+    moved, *others = ev.vote(nms, broken, unscored, valid, threshold=0.6)
+    assert torch.equal(others[0], decayed) and torch.equal(others[1], picked)
+    for b in range(3):
+        for one, new in zip(kept[b, picked[b]].tolist(), moved[b, picked[b]].tolist(), strict=True):
+            others = zip(segments[b, valid[b]].tolist(), scores[b, valid[b]].tolist(), strict=True)
+            near = [(s, w) for s, w in others if plain_tiou(one, s) >= 0.6]
+            total = sum(w for _, w in near)
+            mean = [sum(w * s[i] for s, w in near) / total for i in (0, 1)] if total else one
+            assert new == pytest.approx(mean, abs=1e-12)
+        assert not moved[b, ~picked[b]].any()
+
+
+def test_voting_by_hand():
+    segments = torch.tensor([[[0.0, 0.4], [0.0, 0.5], [0.6, 0.9]]])
+    scores = torch.tensor([[0.75, 0.25, 0.5]])
+    nms = partial(ev.soft_nms, decay="hard", threshold=0.5)
+    moved, kept, _ = ev.vote(nms, segments, scores, torch.ones(1, 3).bool(), threshold=0.75)
+    # tIoU 0.8: three quarters of the first and a quarter of the second.
+    torch.testing.assert_close(moved[0, :2], torch.tensor([[0.0, 0.425], [0.6, 0.9]]))
+    assert kept.tolist() == [[0.75, 0.5, 0.0]]
+
+
+def test_the_lines_of_the_page_on_evaluation_run():
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    names = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    moved, kept, _ = names["vote"](
+        *(names[x] for x in ("hard", "segments", "scores", "valid")), threshold=0.75
+    )
+    assert moved[0, 0].tolist() == pytest.approx([0, 0.425]) and kept[0].tolist() == [0.75, 0.5, 0]
+    default = (ROOT / "configs/default.yaml").read_text(encoding="utf-8")
+    for key in re.findall("`([a-z_]+)`", page.partition("| key |")[2].partition("\n\n")[0]):
+        assert key in default, key
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"decay": "hard", "threshold": 0.5}, {"decay": "linear"}])
 def test_nms_on_cuda_equals_cpu(options):
     segments, scores, valid = random_proposals(3, 20, 3000)
-    nms = ev.hard_nms if options else ev.soft_nms
-    on_cpu = nms(segments, scores, valid, **options)
-    on_gpu = nms(segments.cuda(), scores.cuda(), valid.cuda(), **options)
+    on_cpu = ev.soft_nms(segments, scores, valid, **options)
+    on_gpu = ev.soft_nms(segments.cuda(), scores.cuda(), valid.cuda(), **options)
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert b.is_cuda
         torch.testing.assert_close(a, b.cpu(), rtol=1e-12, atol=1e-300)
@@ -203,6 +304,8 @@ def test_nms_batch_equals_single_and_keeps_inputs():
     assert ev.soft_nms(segments.bfloat16(), scores.bfloat16())[1].dtype == torch.float32
     with pytest.raises(ValueError, match=r"segments \(B, K, 2\)"):
         ev.soft_nms(segments, scores[:, 1:])
+    with pytest.raises(ValueError, match="decay must be"):
+        ev.soft_nms(segments, scores, decay="soft")
 
 
 # ---------------------------------------------------------------------- classes and result files
@@ -341,8 +444,12 @@ def test_precision_recall_area_by_hand():
 def test_precision_is_interpolated():
     gt = [("a", "x", (0, 1)), ("b", "x", (0, 1))]
     pred = [("a", "x", (5, 6), 0.9), ("a", "x", (0, 1), 0.8), ("b", "x", (0, 1), 0.7)]
-    # Not 1/2 * 1/2 + 1/2 * 2/3.
+    # Not 1/2 * 1/2 + 1/2 * 2/3, unless that is asked for.
     assert score(gt, pred)["mAP"]["0.5"] == pytest.approx(2 / 3, abs=1e-15)
+    out = score(gt, pred, interpolate=False)
+    assert out["mAP"]["0.5"] == pytest.approx(7 / 12, abs=1e-15)
+    assert out["by_length"][0]["mAP"]["0.5"] == pytest.approx(7 / 12, abs=1e-15)
+    assert not out["interpolated"] and "| mAP (%), AP not interpolated, at tIoU" in ev.report(out)
 
 
 def test_a_taken_ground_truth_leaves_the_next_best():
@@ -424,6 +531,14 @@ def random_case(seed):
     return gt, pred
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_map_without_interpolation_equals_plain_loop(seed):
+    gt, pred = random_case(seed)
+    out = score(gt, pred, THUMOS_TIOU, interpolate=False)
+    expected = plain_map(gt, pred, THUMOS_TIOU, interpolate=False)
+    np.testing.assert_allclose(list(out["mAP"].values()), expected.mean(0), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(300))
 def test_map_equals_plain_loop(seed):
     gt, pred = random_case(seed)
@@ -502,19 +617,19 @@ def test_map_equals_plain_loop_on_real_annotations(name, subset, thresholds, cou
 # ------------------------------------------------------------------------------------------ AR@AN
 
 
-def plain_average_recall(gt, pred, thresholds):
+def plain_average_recall(gt, pred, thresholds, most=100):
     """Return recall by AN: AN is an average, every video keeps the same fraction."""
     videos = sorted({row[0] for row in gt})
     kept = {}
     for video in videos:
         mine = [row for row in pred if row[0] == video]
         order = np.array([row[3] for row in mine]).argsort()[::-1]
-        num = min(int(len(mine) * (100 * len(videos) / len(pred))), len(mine))
+        num = min(int(len(mine) * (most * len(videos) / len(pred))), len(mine))
         kept[video] = [mine[i][2] for i in order[:num]]
     total = sum(map(len, kept.values()))
-    recall = np.zeros(100)
-    for an in range(1, 101):
-        fraction = an / 100 * (100 * float(len(videos)) / total)
+    recall = np.zeros(most)
+    for an in range(1, most + 1):
+        fraction = an / most * (most * float(len(videos)) / total)
         for video, _, segment in gt:
             first = kept[video][: int(len(kept[video]) * fraction)]
             overlaps = [plain_tiou(proposal, segment) for proposal in first]
@@ -562,12 +677,58 @@ def test_average_recall_equals_plain_loop(seed):
     np.testing.assert_allclose(out["AR"]["recall"], expected, rtol=0, atol=1e-12)
     area = ((expected[1:] + expected[:-1]) / 2).sum() / 100
     assert out["AR"]["AUC"] == pytest.approx(area, abs=1e-12)
+    for numbers in ((3, 20), (200,)):
+        ar = ev.evaluate(annotations(gt), proposals, ar=numbers)["AR"]
+        expected = plain_average_recall(gt, pred, ev.ACTIVITYNET_TIOU, max(numbers))
+        np.testing.assert_allclose(ar["recall"], expected, rtol=0, atol=1e-12)
+        assert [key for key in ar if key.startswith("AR@")] == [f"AR@{k}" for k in numbers]
+        assert ar[f"AR@{numbers[0]}"] == pytest.approx(expected[numbers[0] - 1], abs=1e-12)
 
 
 def test_average_recall_of_a_detection_file_warns_of_repeated_segments():
     pred = [("a", "x", (0, 10), 0.9), ("a", "y", (0, 10), 0.1), ("a", "x", (1, 2), 0.1)]
     with pytest.warns(UserWarning, match="1 of 3 predictions repeat a segment"):
         ev.evaluate(annotations([*ONE, ("a", "y", (0, 5))]), result(pred), ar=True)
+
+
+# ---------------------------------------------------------------- recall of the first k x segments
+
+
+def plain_recall(gt, pred, threshold, k):
+    values = []
+    for label in dict.fromkeys(row[1] for row in gt):
+        truth = [row for row in gt if row[1] == label]
+        found = 0
+        for video in {row[0] for row in truth}:
+            here = [row[2] for row in truth if row[0] == video]
+            mine = [row for row in pred if row[:2] == (video, label)]
+            mine = sorted(mine, key=lambda row: -row[3])[: k * len(here)]
+            for one in here:
+                found += any(plain_tiou(row[2], one) >= threshold for row in mine)
+        values.append(found / len(truth))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_recall_of_the_first_equals_plain_loop(seed):
+    gt, pred = random_case(seed)
+    rng = np.random.default_rng(seed)
+    # No ties.
+    pred = [(*row[:3], float(x)) for row, x in zip(pred, rng.random(len(pred)), strict=True)]
+    out = score(gt, pred, THUMOS_TIOU, recall=(1, 3))["recall"]
+    assert out.keys() == {"R@1x", "R@3x"}
+    for key, k in (("R@1x", 1), ("R@3x", 3)):
+        expected = [plain_recall(gt, pred, t, k) for t in THUMOS_TIOU]
+        np.testing.assert_allclose(list(out[key].values()), expected, rtol=0, atol=1e-12)
+
+
+def test_recall_of_the_first_by_hand():
+    """Two segments of x: the first two predictions count, then the first four."""
+    gt = [("a", "x", (0, 10)), ("a", "x", (20, 30)), ("b", "y", (0, 10))]
+    pred = [("a", "x", (0, 10), 0.9), ("a", "x", (0, 9), 0.8), ("a", "x", (20, 26), 0.7)]
+    out = score(gt, pred, (0.5, 0.7), recall=[1, 2])
+    assert out["recall"] == {"R@1x": {"0.5": 0.25, "0.7": 0.25}, "R@2x": {"0.5": 0.5, "0.7": 0.25}}
+    assert "| R@2x               | 50.00 | 25.00 |" in ev.report(out)
 
 
 # ---------------------------------------------------------------------------------- error analysis
@@ -652,6 +813,66 @@ def test_map_by_length_by_hand():
     # precision 2/3. From 0.6 to 0.8: a hit; the false positives have other lengths.
     average = [row.get("average_mAP") for row in rows]
     assert average == [pytest.approx(2 / 3), None, None, 1.0, 0.0]
+
+
+# --------------------------------------------------------------------------------------- Ambiguous
+
+UNCLEAR = [("a", "Diving", (10, 20)), ("a", "Ambiguous", (40, 50))]
+
+
+@pytest.mark.parametrize("segment, expected", [((40, 50), 1.0), ((49, 90), 1.0), ((50, 60), 0.5)])
+def test_a_prediction_that_overlaps_an_ambiguous_segment_is_no_error(segment, expected):
+    """However little it overlaps, as in the official script; touching is no overlap."""
+    pred = [("a", "Diving", segment, 0.9), ("a", "Diving", (10, 20), 0.8)]
+    out = score(UNCLEAR, pred, (0.3, 0.7), ar=True)
+    assert out["average_mAP"] == out["common"]["average_mAP"] == expected
+    assert (out["segments"], out["classes"], out["ambiguous"]) == (1, 1, 1)
+    assert out["AP"].keys() == {"Diving"}
+    errors = out["errors"]["all"]
+    assert errors["true_positive"] == 1 and errors["background"] == (expected < 1)
+    # The only ground truth is [10, 20].
+    assert out["AR"]["AR@100"] == 1
+    assert "ambiguous, hence no segment of these, and no error there: 1" in ev.report(out)
+
+
+def test_ambiguous_segments_and_length():
+    """Of the same length, one is a false positive and one, in the ambiguous segment, is ignored."""
+    pred = [("a", "Diving", (45, 55), 0.9), ("a", "Diving", (70, 80), 0.8)]
+    truth = annotations(UNCLEAR, {"a": 100.0})
+    expected = {0.8: 0.5, 0.7: 1.0}
+    for confidence, value in expected.items():
+        pred[1] = ("a", "Diving", (70, 80), confidence)
+        found = result([*pred, ("a", "Diving", (10, 20), 0.75)])
+        first, *others = ev.evaluate(truth, found, thresholds=[0.5])["by_length"]
+        assert (first["segments"], first["average_mAP"]) == (1, value)
+        assert not any(row["segments"] for row in others)
+
+
+def test_a_hit_in_an_ambiguous_segment_counts_and_ambiguous_is_no_class_to_predict():
+    gt = [("a", "x", (40, 50)), ("a", "ambiguous", (30, 60)), ("b", "ambiguous", (0, 1))]
+    pred = [("a", "x", (40, 50), 0.9), ("a", "ambiguous", (30, 60), 0.8), ("b", "x", (0, 2), 1.0)]
+    with pytest.warns(UserWarning, match="1 of 3 predictions have 1 label.*count for no class"):
+        out = ev.evaluate(annotations(gt), result(pred), thresholds=[0.5])
+    assert out["average_mAP"] == 1
+    scores, labels = ev.load_class_scores(annotations(gt), ["a", "b"], ground_truth=True)
+    assert (scores.tolist(), labels) == ([[1], [0]], ["x"])
+    with pytest.raises(ev.InputError, match="no annotation"):
+        ev.evaluate(annotations(gt[1:]), result(pred))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_map_with_ambiguous_segments_equals_plain_loop(seed):
+    gt, pred = random_case(seed)
+    rng = np.random.default_rng(seed)
+    gt = [(row[0], "Ambiguous" if rng.random() < 0.2 else row[1], row[2]) for row in gt]
+    labels = {row[1] for row in gt} - {"Ambiguous"}
+    pred = [row for row in pred if row[1] in labels]
+    if labels:
+        out = score(gt, pred, THUMOS_TIOU)
+        expected = plain_map(gt, pred, THUMOS_TIOU)
+        np.testing.assert_allclose(list(out["mAP"].values()), expected.mean(0), rtol=0, atol=1e-12)
+        ranked = sum(out["errors"]["all"].values())
+        assert ranked <= len(pred) and (ranked == len(pred) or out["ambiguous"])
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -760,6 +981,9 @@ def test_bad_options():
     for thresholds in ([], [0.0], [1.5], [math.nan], 0.5):
         with pytest.raises(ev.InputError, match="thresholds must be"):
             ev.evaluate(annotations(ONE), {"results": {}}, thresholds=thresholds)
+    for options in ({"ar": [0]}, {"ar": [5, 2.5]}, {"recall": [-1]}, {"ar": [10**9]}):
+        with pytest.raises(ev.InputError, match="whole numbers from 1"):
+            ev.evaluate(annotations(ONE), {"results": {}}, **options)
     with pytest.raises(ev.InputError, match='no "results"'):
         ev.evaluate(annotations(ONE), {"a": []})
 
@@ -825,6 +1049,11 @@ def test_program(tmp_path, files, capsys):
     for words in ("66.67", "the 2 with predictions", "double detection", "AR@100", "by length"):
         assert words in text
     assert ev.report(metrics) + "\n" == text
+    options = ["--ar", "20", "200", "--recall", "1", "--no-interpolation", "--json", str(out)]
+    ev.main([*files, *options])
+    text = capsys.readouterr().out
+    for words in ("AR@20 ", "AR@200", "| R@1x ", "not interpolated"):
+        assert words in text
     # Its own file is replaced.
     ev.main([*files, "--json", str(out)])
     assert "AR" not in json.loads(out.read_text())

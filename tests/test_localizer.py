@@ -1,9 +1,11 @@
 """localizer.py: a training step, memory savers that leave the gradient as it is, proposals."""
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import config
 import gtad
 import localizer
 from localizer import Distributed, Localizer, extract_features, localization_step
@@ -288,18 +290,53 @@ class Two:
         return segments, scores, torch.ones(1, 4).bool(), logits
 
 
+DETECT = config.load_config("configs/default.yaml").detect
+
+
+def predict(*class_scores, model=None, **options):
+    """Return the detections and proposals of the model of two actions, of 16 seconds."""
+    options = DETECT | {"sigma": 0.1, "top_k": 4, "classes_per_video": 1} | options
+    features = torch.zeros(1, 1, 8)
+    found = localizer.predict(model or Two(), features, ["v"], [16.0], options, *class_scores)
+    return found[0]["v"], found[1]["v"]
+
+
 def test_each_segment_gets_its_own_class():
     """The proposal with the highest score spans both actions, and comes last."""
-    options = {"sigma": 0.1, "top_k": 4, "classes_per_video": 1, "confidence_power": 1.0}
-    found, proposals = localizer.predict(Two(), torch.zeros(1, 1, 8), ["v"], [16.0], options)
-    best = [(d["label"], d["segment"]) for d in found["v"]]
+    found, proposals = predict()
+    best = [(d["label"], d["segment"]) for d in found]
     assert best[:2] == [("jump", [0.0, 8.0]), ("run", [8.0, 16.0])]
-    assert found["v"][0]["score"] == pytest.approx(0.5, rel=1e-2)
-    assert proposals["v"][0]["segment"] == [0.0, 16.0]
-    assert "label" not in proposals["v"][0]
-    other = (torch.tensor([[0.25, 0.75]]), ["x", "y"])
-    found, _ = localizer.predict(Two(), torch.zeros(1, 1, 8), ["v"], [16.0], options, other)
-    assert {d["label"] for d in found["v"]} == {"y"}
+    assert found[0]["score"] == pytest.approx(0.5, rel=1e-2)
+    assert proposals[0]["segment"] == [0.0, 16.0]
+    assert "label" not in proposals[0]
+    found, _ = predict((torch.tensor([[0.25, 0.75]]), ["x", "y"]))
+    assert {d["label"] for d in found} == {"y"}
+
+
+def test_proposals_compete_within_their_class_alone():
+    """Both classes keep the proposal of the whole video, with its score times each class's."""
+    scores = (np.array([[0.25, 0.75]]), ["x", "y"])
+    hard = {"class_wise": True, "decay": "hard", "threshold": 0.6, "classes_per_video": 2}
+    found, _ = predict(scores, top_k=10, **hard)
+    expected = [("y", 0.675, [0.0, 16.0]), ("y", 0.375, [0.0, 8.0]), ("y", 0.3, [8.0, 16.0])]
+    expected += [("x", 0.225, [0.0, 16.0]), ("x", 0.125, [0.0, 8.0]), ("x", 0.1, [8.0, 16.0])]
+    assert [(d["label"], d["segment"]) for d in found] == [(x, s) for x, _, s in expected]
+    assert [d["score"] for d in found] == pytest.approx([score for _, score, _ in expected])
+    # Of each segment its own.
+    found, _ = predict(class_wise=True, decay="hard")
+    assert [d["label"] for d in found] == ["jump", "run"]
+    assert found[0]["score"] == pytest.approx(0.5, rel=1e-2)
+
+
+def test_options_of_block_detect():
+    scores = (torch.tensor([[1.0]]), ["x"])
+    found, proposals = predict(scores, decay="linear", threshold=0.6, min_score=0.3)
+    # [8, 14] and [8, 16] have tIoU 0.75: 0.4 * (1 - 0.75) is below 0.3.
+    assert [d["score"] for d in found] == pytest.approx([0.9, 0.5, 0.4])
+    assert [d["score"] for d in proposals] == pytest.approx([0.9, 0.5, 0.4])
+    found, _ = predict(scores, decay="hard", threshold=0.6, voting=0.75)
+    # The mean of [8, 16] and [8, 14], with equal scores.
+    assert [d["segment"] for d in found] == [[0.0, 16.0], [0.0, 8.0], [8.0, 15.0]]
 
 
 # ---------------------------------------------------------------------------------- other parts

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -119,6 +120,9 @@ def test_background_is_one_more_class(videos):
     assert times(clips.val) == [(0, 1.5, 1), (1.5, 2, 2), (3, 4, 2)]  # nor is swim background
     # Half a second is no snippet of a quarter of the video.
     assert len(load(num_snippets=4).val) == 2
+    train, (video,) = target_videos(videos)
+    unclear = replace(video, labels=("run", "Ambiguous"))
+    assert load(videos=(train, [unclear]), num_snippets=8) == clips
     sample = ClipDataset(clips.train, frames=4, stride=1, crop=1.0)[2, LOW]
     assert sample["label"] == 2
     np.testing.assert_allclose(levels(sample), [4, 6, 8, 10], atol=1.5)

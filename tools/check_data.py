@@ -24,7 +24,7 @@ import data
 import media
 from checkpoint import RunFolder, save_json, write_atomic
 from data import first_names
-from evaluate import markdown_table
+from evaluate import is_ambiguous, markdown_table
 from media import InputError
 from pretrain import gaps
 from tools.jobs import run_jobs
@@ -39,7 +39,7 @@ CONSEQUENCES = {
     "segment ends before it starts": "left out",
     "segment outside the video": "clipped to it, and left out if nothing remains",
     "duplicate segment": "kept, as the official evaluation does",
-    "label Ambiguous": "a class like any other here; THUMOS14's evaluation ignores it",
+    "label Ambiguous": "no action in training; evaluation ignores it, and detections there",
 }
 # Problems at which training stops, and the kind of file that has them.
 FATAL = {"frames cannot be read": "frames", "features cannot be read": "features"}
@@ -82,7 +82,7 @@ def segment_problems(video):
             yield row, "segment outside the video"
         if (start, end, label) in seen:
             yield row, "duplicate segment"
-        if label.lower() == "ambiguous":
+        if is_ambiguous(label):
             yield row, "label Ambiguous"
         seen.add((start, end, label))
 
