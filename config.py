@@ -156,6 +156,7 @@ _KINDS = {
     **dict.fromkeys((int, float), "a number"),
 }
 NULL_OR_NUMBER = {"video.rate", "lofi.chunk_snippets", "lofi.cycle_length", "gtad.durations"}
+NULL_OR_NUMBER |= {"gtad.longest"}
 
 
 def _kind(value):
@@ -341,6 +342,8 @@ def _rules(cfg, pending):
     inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
     words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
+    fractions = [0 <= t <= 1 for t in cfg.detect.decay_above]
+    yield "detect.decay_above", len(fractions) == 2 and all(fractions), "two numbers in [0, 1]"
     possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1

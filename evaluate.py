@@ -54,18 +54,19 @@ def tiou(a: Array, b: Array, *, undefined=0.0) -> Array:
 
 
 def soft_nms(
-    segments: Tensor, scores: Tensor, valid: Tensor | None = None, *, sigma=0.84, top_k=100
+    segments: Tensor, scores: Tensor, valid=None, *, sigma=0.84, top_k=100, decay_above=(0.0, 0.0)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply Gaussian soft-NMS (Bodla et al., ICCV 2017) to a padded batch, on its own device.
 
     Repeat: take the highest score of each video (of equal ones the lowest index), then multiply
-    every remaining score by exp(-tIoU^2 / sigma). LoFi uses sigma 0.84, G-TAD 0.8.
+    every remaining score by exp(-tIoU^2 / sigma). LoFi uses sigma 0.84, G-TAD 0.8. decay_above: the
+    tIoU above which it does, for a picked segment of no width and of width 1; BMN: 0.5 and 0.9.
 
     segments (B, K, 2), scores (B, K) >= 0, valid (B, K) bool or None: False is never picked.
     Returns segments (B, k, 2), decayed scores (B, k), highest first, valid (B, k), where
     k = min(top_k, K); what follows a video's last candidate is zero, not valid. No gradient.
     """
-    return _nms(segments, scores, valid, top_k, sigma=sigma)
+    return _nms(segments, scores, valid, top_k, sigma=sigma, above=decay_above)
 
 
 def hard_nms(
@@ -76,7 +77,7 @@ def hard_nms(
 
 
 @torch.no_grad()
-def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
+def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None, above=(0, 0)):
     """Pick the best of each video, top_k times; sigma: soft-NMS, else hard NMS."""
     B, K = scores.shape
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
@@ -87,7 +88,8 @@ def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
     at_once = max(1, 40_000 // max(K, 1))
     if scores.device.type == "cpu" and at_once < B:
         blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
-        parts = [_nms(*block, top_k, sigma=sigma, threshold=threshold) for block in blocks]
+        how = {"sigma": sigma, "threshold": threshold, "above": above}
+        parts = [_nms(*block, top_k, **how) for block in blocks]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
     k = min(top_k, K)
     dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
@@ -109,6 +111,9 @@ def _nms(segments, scores, valid, top_k, *, sigma=None, threshold=None):
         if sigma is None:
             remaining.masked_fill_(overlap > threshold, -torch.inf)
         else:
+            if any(above):  # a long segment spares more of the others
+                least = above[0] + (above[1] - above[0]) * length.gather(1, i)
+                overlap.masked_fill_(overlap <= least, 0)
             remaining.mul_(overlap.square_().mul_(-1 / sigma).exp_())
         # What is picked has no extent from now on: -inf is never multiplied by a factor of 0.
         remaining.scatter_(1, i, -torch.inf)

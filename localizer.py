@@ -278,8 +278,7 @@ class Localizer(nn.Module):
     def proposals(self, x):
         """Return segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), and the logits."""
         *outputs, logits = self(x)
-        boundary_scores = isinstance(self.head, bmn.BMN)
-        return *gtad.decode(*outputs, boundary_scores=boundary_scores), logits
+        return *self.head.decode(*outputs), logits
 
 
 def localization_step(net, batch, generator, *, loss, options, ddp):
@@ -296,8 +295,7 @@ def localization_step(net, batch, generator, *, loss, options, ddp):
     inputs = batch.get("frames", batch.get("features"))
     num_videos, num_snippets = len(inputs), inputs.shape[1 if inputs.ndim == 6 else 2]
     model = getattr(net, "module", net)
-    durations = getattr(model.head, "durations", None)
-    targets = gtad.make_targets(batch["segments"], num_snippets, durations, inputs.device)
+    targets = model.head.make_targets(batch["segments"], num_snippets, inputs.device)
     ranks = {"shard": (ddp.rank, ddp.world_size), "reduce": ddp.mean}
     weights = gtad.loss_weights(targets, generator=generator, **ranks)
     spans = ()
@@ -540,7 +538,8 @@ def predict(model, features, names, durations, options, class_scores=None, windo
     results are {video: [{"label", "score", "segment"}]}, best first, proposals without labels.
     """
     *proposals, classes = propose(model, features, window)
-    nms = partial(evaluate.soft_nms, sigma=options["sigma"], top_k=options["top_k"])
+    how = {key: options[key] for key in ("sigma", "top_k", "decay_above")}
+    nms = partial(evaluate.soft_nms, **how)
     kept = agnostic = nms(*proposals)
     scores, labels = class_scores or (classes, model.classes)
     if model.per_segment and class_scores is None:
