@@ -101,7 +101,7 @@ class BMN(nn.Module):
 
     def make_targets(self, segments: Sequence[Tensor], L: int, device=None) -> gtad.Targets:
         """Return gtad.make_targets, the bin of snippet i being [i - 0.5, i + 0.5]."""
-        return gtad.make_targets(segments, L, device=device, bins=(-0.5, 0.5))
+        return gtad.make_targets(segments, L, device=device, bin_width=1.0)
 
     @torch.no_grad()
     def decode(self, start: Tensor, end: Tensor, map: Tensor) -> tuple:

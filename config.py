@@ -342,8 +342,10 @@ def _rules(cfg, pending):
     inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
     words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
-    fractions = [0 <= t <= 1 for t in cfg.detect.decay_above]
-    yield "detect.decay_above", len(fractions) == 2 and all(fractions), "two numbers in [0, 1]"
+    for key in ("data.window_overlap", "detect.decay_above"):
+        block, _, name = key.partition(".")
+        inside = [0 <= number <= 1 for number in cfg[block][name]]
+        yield key, len(inside) == 2 and all(inside), "two numbers in [0, 1]"
     possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
@@ -449,7 +451,8 @@ def video_dataset(cfg, split, log=print, train=False):
     """Return the videos of a split, with their frames."""
     videos = load_videos(cfg, split, cfg.data.frames, "frames", log)
     classes = data.class_names(videos)
-    return data.VideoDataset(videos, classes=classes, train=train, seed=cfg.seed, **cfg.video)
+    options = {"train": train, "seed": cfg.seed, "window_overlap": cfg.data.window_overlap}
+    return data.VideoDataset(videos, classes=classes, **options, **cfg.video)
 
 
 def feature_source(cfg, run, raw=False):
@@ -464,7 +467,8 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
     videos = load_videos(cfg, split, source, "features", log)
     in_windows = cfg.data.windows and split == "train" and not raw
     window = cfg.video.snippets if in_windows else None
-    dataset = data.FeatureDataset(videos, source, data.class_names(videos), window)
+    classes = data.class_names(videos)
+    dataset = data.FeatureDataset(videos, source, classes, window, cfg.data.window_overlap)
     L, C = dataset.num_snippets(0), dataset.channels
     log(f"{split}: features of {len(videos)} videos, in the first {L} snippets x {C} channels")
     if C == cfg.video.snippets != L:

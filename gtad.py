@@ -263,8 +263,8 @@ class GTAD(nn.Module):
     in_channels: C. hidden: channels of the graph blocks, gcn_width their inner width. inner_bins,
     context_bins: of the alignments of the snippets and of their neighbour means. map_hidden: widths
     of the localization module, kernel: of its two middle convolutions. durations: D, None for D = L
-    of the input. every_pair, longest: see the function `decode`. The defaults are ActivityNet's
-    release; THUMOS has 16 and 16 bins, kernel 3, D 64, every_pair and longest 59.
+    of the input. bin_width: see the function `make_targets`; every_pair, longest: see `decode`. The
+    defaults are ActivityNet's release; configs/thumos14.yaml has THUMOS14's.
     """
 
     def __init__(
@@ -281,6 +281,7 @@ class GTAD(nn.Module):
         map_hidden: Sequence[int] = (512, 128),
         kernel: int = 1,
         durations: int | None = None,
+        bin_width: float = 2.0,
         every_pair: bool = False,
         longest: int | None = None,
     ):
@@ -288,6 +289,7 @@ class GTAD(nn.Module):
         self.neighbours = neighbours
         self.bins = (inner_bins, context_bins)
         self.durations = durations
+        self.bin_width = bin_width
         self.proposals = {"every_pair": every_pair, "longest": longest}
         block = functools.partial(GCNeXt, hidden, gcn_width, gcn_groups)
         stem = nn.Conv1d(in_channels, hidden, 3, padding=1, groups=stem_groups)
@@ -317,7 +319,7 @@ class GTAD(nn.Module):
 
     def make_targets(self, segments: Sequence[Tensor], L: int, device=None) -> "Targets":
         """Return what the outputs should be: see the function."""
-        return make_targets(segments, L, self.durations, device)
+        return make_targets(segments, L, self.durations, device, bin_width=self.bin_width)
 
     def decode(self, start: Tensor, end: Tensor, map: Tensor) -> tuple:
         """Turn outputs into proposals: see the function."""
@@ -359,13 +361,13 @@ class Targets(NamedTuple):
 
 
 def make_targets(
-    segments: Sequence[Tensor], L: int, D: int | None = None, device=None, *, bins=(-0.5, 1.5)
+    segments: Sequence[Tensor], L: int, D: int | None = None, device=None, *, bin_width=2.0
 ) -> Targets:
     """Turn annotated segments into Targets on L snippets and D durations (default L).
 
     segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside
-    [0, 1] are clipped; N_i may be 0. Float32, or float64 where the segments are. bins: where a
-    snippet's bin begins and ends, counted from its index.
+    [0, 1] are clipped; N_i may be 0. Float32, or float64 where the segments are. bin_width: of
+    start and end, in snippets: the bin of snippet i is [i - 0.5, i - 0.5 + bin_width].
     """
     for segment in segments:
         if segment.shape[1:] != (2,) or not (segment[:, 0] <= segment[:, 1]).all():
@@ -385,8 +387,8 @@ def make_targets(
         iou = torch.maximum(iou, overlap / ((high - low) + (f - b) - overlap))
         # Within 1.5 snippets of a boundary is what share of the bin?
         at = segment.unsqueeze(2) * L
-        overlap = torch.minimum(at + 1.5, i + bins[1]) - torch.maximum(at - 1.5, i + bins[0])
-        near = torch.maximum(near, overlap / (bins[1] - bins[0]))  # (B, 2, L)
+        overlap = torch.minimum(at + 1.5, i - 0.5 + bin_width) - torch.maximum(at - 1.5, i - 0.5)
+        near = torch.maximum(near, overlap / bin_width)  # (B, 2, L)
     return Targets(*near.unbind(1), iou * valid, valid)
 
 

@@ -502,13 +502,13 @@ def recalibrate(encoder, dataset, workers, ddp, chunk_snippets):
 
 
 @torch.no_grad()
-def propose(model, features, window=None, at_once=16):
+def propose(model, features, window=None, at_once=16, nms=None):
     """Return proposals of features (B, C, L), see Localizer.proposals, and what tells their
     classes: probabilities of each video, (B, n), or logits of each snippet, (B, n + 1, L).
 
     window: snippets of the windows into which a long video, a batch of one, is cut for the head:
     then the proposals are those of all windows, as fractions of the video, and the probabilities of
-    its classes their mean.
+    its classes their mean. nms: of proposals, for those of each window.
     """
     if window is None:
         *proposals, logits = model.proposals(features)
@@ -520,8 +520,9 @@ def propose(model, features, window=None, at_once=16):
         segments, scores, valid, logits = model.proposals(x)
         segments = (start[:, None, None] + segments * window) / num_snippets
         valid = valid & (segments[..., 0] < 1)  # the last window may go beyond the video
-        segments = segments.clamp(max=1).flatten(0, 1)
-        parts.append((segments, scores.flatten(), valid.flatten(), logits.softmax(1)))
+        found = (segments.clamp(max=1), scores, valid)
+        found = nms(*found) if nms else found
+        parts.append((*(x.flatten(0, 1) for x in found), logits.softmax(1)))
     *proposals, classes = (torch.cat(part)[None] for part in zip(*parts, strict=True))
     if model.per_segment:
         # Of the whole video: beside a segment lies what another window may show.
@@ -537,9 +538,10 @@ def predict(model, features, names, durations, options, class_scores=None, windo
     of a segment's class is its proposal's score ** confidence_power times its probability. Both
     results are {video: [{"label", "score", "segment"}]}, best first, proposals without labels.
     """
-    *proposals, classes = propose(model, features, window)
     how = {key: options[key] for key in ("sigma", "top_k", "decay_above")}
     nms = partial(evaluate.soft_nms, **how)
+    of_windows = nms if options["window_nms"] else None
+    *proposals, classes = propose(model, features, window, nms=of_windows)
     kept = agnostic = nms(*proposals)
     scores, labels = class_scores or (classes, model.classes)
     if model.per_segment and class_scores is None:

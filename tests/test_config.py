@@ -219,6 +219,7 @@ def test_every_key_is_read_by_something():
         "precision=16",
         "seed=1.5",
         "data.windows=true",
+        "data.window_overlap=[0.5, 1.5]",
         "fidelities.S=[100, 20]",
         "tal_head=afsd",
         "gtad.kernel=2",

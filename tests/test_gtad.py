@@ -392,6 +392,15 @@ def test_two_ranks_of_two_videos_are_one_rank_of_four():
 # --------------------------------------------------------------------------------------- decoding
 
 
+def test_bins_of_a_snippet():
+    """A start at snippet 2.25 is near 0.75 to 3.75, of which bin [0.5, 1.5] has three quarters."""
+    segments = [torch.tensor([[0.225, 1.0]]).double()]
+    start = small(bin_width=1.0).make_targets(segments, 10).start[0]
+    assert start.tolist() == pytest.approx([0, 0.75, 1, 1, 0.25, 0, 0, 0, 0, 0])
+    start = small().make_targets(segments, 10).start[0]
+    assert start.tolist() == pytest.approx([0.375, 0.875, 1, 0.625, 0.125, 0, 0, 0, 0, 0])
+
+
 def decode_by_loop(start, end, map, every_pair, longest):
     """Proposals of one video, best first: [(score, s, e)]."""
     L, D = len(start), map.shape[1]
