@@ -35,7 +35,9 @@ from checkpoint import (
     machine_name,
     remove_stale_parts,
     save_json,
+    save_weights,
     seconds_of,
+    write_atomic,
 )
 from media import InputError
 
@@ -169,6 +171,8 @@ def _kinds(name, default):
     """Return the kinds of values that a key may have, the usual one first."""
     if name in NULL_OR_NUMBER:
         return [_kind(0), "null"]
+    if name == "head.lr":
+        return [_kind(0), _kind([0])]
     if default is None or isinstance(default, str):
         lists = [_kind([]), _kind([""])] if name == "data.features" else []
         return [_kind(""), "null", *lists]
@@ -346,6 +350,9 @@ def _rules(cfg, pending):
         block, _, name = key.partition(".")
         inside = [0 <= number <= 1 for number in cfg[block][name]]
         yield key, len(inside) == 2 and all(inside), "two numbers in [0, 1]"
+    if isinstance(rates := cfg.head.lr, list):
+        holds = rates and all(0 < lr < math.inf for lr in rates) and "detect" in cfg.stages
+        yield "head.lr", holds, "numbers above 0, with stage detect to compare them"
     possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
@@ -380,8 +387,10 @@ def _check_files(cfg, values, todo):
     subsets = read_annotations(cfg)
     train = cfg.data.train_subset if {"lofi", "head"} & todo else None
     val = cfg.data.val_subset if "detect" in todo else None
-    from_truth = cfg.detect.class_scores == "ground_truth"
-    data.check_segments(subsets, train=train, val=val, needs_classes=from_truth)
+    needs = "head.lr is a list" if isinstance(cfg.head.lr, list) else None
+    if cfg.detect.class_scores == "ground_truth":
+        needs = "detect.class_scores is ground_truth"
+    data.check_segments(subsets, train=train, val=val, needs=needs)
     kind = "frames" if reads_frames(cfg, todo) else "features"
     if kind == "frames" or (cfg.data.features and {"sola", "head"} & todo):
         for split in ("train", "val"):
@@ -547,6 +556,8 @@ def stage_inputs(cfg, run, stage):
         files = {"head": run.head, "class scores": cfg.detect.class_scores}
     inputs = {key: data.file_hash(p) for key, p in files.items() if os.path.isfile(p or "")}
     splits = {"detect": ["val"], "sola": ["train", "val"]}.get(stage, ["train"])
+    if stage == "head" and isinstance(cfg.head.lr, list):
+        splits = ["train", "val"]
     subsets = read_annotations(cfg)
     videos = list(itertools.chain(*(subsets.get(cfg.data[f"{s}_subset"], ()) for s in splits)))
     target_clips = stage == "pretrain" and "acp_plus" in cfg.pretrain.method
@@ -618,6 +629,41 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         save_json(versions, run.versions)
         save_json(cfg, run.config)
     return run
+
+
+def save_encoder(encoder, cfg, run, stage, seconds):
+    """Write what stage pretrain or lofi made, and what it cost with what it started from."""
+    start = cfg.pretrain.pretrained if stage == "pretrain" else encoder_path(cfg, run, stage)
+    metadata = {"encoder": dict(cfg.encoder), "seconds": seconds + seconds_of(start)}
+    save_weights(encoder, run.encoder(stage), **metadata)
+
+
+def search_lr(cfg, run, ddp, run_stages):
+    """Train a head at each learning rate of the list head.lr, on the same features, and keep the
+    one with the best average mAP in the validation videos.
+
+    Each is a run of its own in OUT/head/lr_X, which run_stages(config, pending, ddp) goes through:
+    a later start skips or resumes it. OUT/head/search.json has the average mAP of each.
+    """
+    source = feature_source(cfg, run)
+    trials = {lr: RunFolder(f"{run.path}/head/lr_{lr:g}") for lr in cfg.head.lr}
+    for lr, folder in trials.items():
+        ddp.log(f"head.lr {lr:g}: {folder.path}")
+        changes = {"out": folder.path, "stages": ["head", "detect"]}
+        changes |= {"data": Config(cfg.data, features=source), "head": Config(cfg.head, lr=lr)}
+        trial = Config(cfg, **changes)
+        run_stages(trial, check(trial, files=False), ddp)
+    if ddp.is_main:
+        metrics = {lr: load_json(folder.metrics) for lr, folder in trials.items()}
+        found = {lr: metrics[lr]["average_mAP"] for lr in trials}
+        best = max(found, key=found.get)
+        shared = seconds_of_features(source)
+        seconds = sum(trial["seconds"] - shared for trial in metrics.values())
+        saved = tsm.load_state(trials[best].head) | {"seconds": seconds}
+        save_json({"best_lr": best, "average_mAP": found}, f"{run.path}/head/search.json")
+        write_atomic(run.head, functools.partial(torch.save, saved))
+        table = ", ".join(f"{lr:g}: {100 * value:.2f}" for lr, value in found.items())
+        ddp.log(f"average mAP (%) by head.lr: {table}; kept: {best:g}")
 
 
 def save_feature_info(cfg, run, weights, datasets, seconds):

@@ -285,13 +285,13 @@ def targets_of(segments, labels, classes):
     return {"segments": segments, "labels": labels, "target": target / target.sum().clamp(min=1)}
 
 
-def check_segments(subsets, train=None, val=None, needs_classes=False):
+def check_segments(subsets, train=None, val=None, needs=None):
     """Raise InputError if no run can use the segments of subset `train`, which needs a usable one,
-    or `val`, where NaN stops the evaluation; needs_classes: it must have some."""
+    or `val`, where NaN stops the evaluation; needs: why it must have some."""
     if train in subsets and not class_names(subsets[train]):
         raise InputError(f"subset {train} has no usable segment (start < end, within its video)")
-    if needs_classes and val in subsets and not any(video.labels for video in subsets[val]):
-        raise InputError(f"detect.class_scores is ground_truth, but subset {val} has no segments")
+    if needs and val in subsets and not any(video.labels for video in subsets[val]):
+        raise InputError(f"{needs}, but subset {val} has no segments")
     bad = [v.name for v in subsets.get(val, []) if not np.isfinite(v.segments).all()]
     if bad:
         raise InputError(f"subset {val}: NaN or infinite segments in {first_names(bad)}: fix them")

@@ -251,6 +251,8 @@ def test_every_key_is_read_by_something():
         "sola.kernel=4",
         "sola.subsequences_per_video=0",
         "head.schedule=linear",
+        "head.lr=[]",
+        "head.lr=[0.1, 0]",
         "detect.sigma=0",
         "detect.decay_above=[0.5]",
         "detect.decay_above=[0.5, 2]",
