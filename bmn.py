@@ -1,9 +1,9 @@
 """Localize actions with the BMN head: features (B, C, L) -> start, end (B, L), map (B, 2, L, L).
 
 Lin et al., BMN: Boundary-Matching Network for Temporal Action Proposal Generation, ICCV 2019, in
-the shape of its PyTorch release. Calls, targets, losses and decoding (boundary_scores=True) are
-gtad.py's; as there, the Conv3d over the 32 samples is applied to the snippets before they are
-sampled, and the (256, 32, L, L) map is never built.
+the shape of its PyTorch release. Calls and losses are gtad.py's, and so are targets and decoding
+but for what BMN.make_targets and BMN.decode say. As in gtad.py, the Conv3d over the 32 samples is
+applied to the snippets before they are sampled: the (256, 32, L, L) map is never built.
 
 Legend: B videos, C channels, L snippets, A pairs. Cell (d, s) covers snippets s .. s + d;
 where these leave the video, the release has no pair, and the cell is 0.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gtad import Alignment, anchor_grid, confidence, map_layers, score_map
+import gtad
 
 
 def sample(s: Tensor, e: Tensor, L: int, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,11 +43,11 @@ def sample(s: Tensor, e: Tensor, L: int, samples: int) -> tuple[Tensor, Tensor, 
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def sampling(L: int, samples: int, device, dtype) -> Alignment:
+def sampling(L: int, samples: int, device, dtype) -> gtad.Alignment:
     """Return the Alignment of the pairs s <= e of an (L, L) map, s as row; all others are zero."""
     s, e = torch.triu_indices(L, L)
     valid = torch.ones(L, L, dtype=torch.bool).triu()
-    return Alignment([sample(s, e, L, samples)], (samples,), valid, device, dtype)
+    return gtad.Alignment([sample(s, e, L, samples)], (samples,), valid, device, dtype)
 
 
 class BMN(nn.Module):
@@ -80,7 +80,7 @@ class BMN(nn.Module):
         self.x_1d_e = boundary()
         self.x_1d_p = nn.Sequential(conv(hidden, 1), nn.ReLU())
         self.x_3d_p = nn.Sequential(nn.Conv3d(hidden, map_hidden[0], (samples, 1, 1)), nn.ReLU())
-        self.x_2d_p = map_layers(*map_hidden, 3)
+        self.x_2d_p = gtad.map_layers(*map_hidden, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, C, L) to start, end (B, L) and map (B, 2, L, L), in [0, 1], at least float32."""
@@ -89,14 +89,28 @@ class BMN(nn.Module):
             raise ValueError(f"BMN got {tuple(x.shape)}, expected (B, {C}, L)")
         L = x.shape[2]
         base = self.x_1d_b(x)  # (B, hidden, L)
-        start = confidence(self.x_1d_s[2], self.x_1d_s[:2](base).transpose(1, 2)).squeeze(2)
-        end = confidence(self.x_1d_e[2], self.x_1d_e[:2](base).transpose(1, 2)).squeeze(2)
+        start = gtad.confidence(self.x_1d_s[2], self.x_1d_s[:2](base).transpose(1, 2)).squeeze(2)
+        end = gtad.confidence(self.x_1d_e[2], self.x_1d_e[:2](base).transpose(1, 2)).squeeze(2)
 
         features = self.x_1d_p(base).transpose(1, 2)
         pairs = sampling(L, self.samples, features.device, features.dtype)
-        z = score_map((self.x_3d_p[0], *self.x_2d_p[::2]), [features], pairs)  # row s, column e
-        s, d, valid = anchor_grid(L, L, x.device)
+        convs = (self.x_3d_p[0], *self.x_2d_p[::2])
+        z = gtad.score_map(convs, [features], pairs)  # row s, column e
+        s, d, valid = gtad.anchor_grid(L, L, x.device)
         return start, end, z[:, :, s, (s + d).clamp_max(L - 1)] * valid
+
+    def make_targets(self, segments: Sequence[Tensor], L: int, device=None) -> gtad.Targets:
+        """Return gtad.make_targets, the bin of snippet i being [i - 0.5, i + 0.5]."""
+        return gtad.make_targets(segments, L, device=device, bin_width=1.0)
+
+    @torch.no_grad()
+    def decode(self, start: Tensor, end: Tensor, map: Tensor) -> tuple:
+        """Return gtad.decode of every pair; scores have those of start and end in them."""
+        L = start.shape[1]
+        s, d, _ = gtad.anchor_grid(L, L, map.device)
+        boundaries = start[:, s] * end[:, (s + d + 1).clamp_max(L - 1)]
+        scores = torch.stack([map.prod(1), boundaries], dim=1)
+        return gtad.decode(start, end, scores, every_pair=True)
 
 
 def load_official(state_dict: dict, *, groups: int = 4) -> BMN:

@@ -36,7 +36,9 @@ from checkpoint import (
     machine_name,
     remove_stale_parts,
     save_json,
+    save_weights,
     seconds_of,
+    write_atomic,
 )
 from media import InputError
 
@@ -158,6 +160,7 @@ _KINDS = {
     **dict.fromkeys((int, float), "a number"),
 }
 NULL_OR_NUMBER = {"video.rate", "lofi.chunk_snippets", "lofi.cycle_length", "gtad.durations"}
+NULL_OR_NUMBER |= {"gtad.longest"}
 
 
 def _kind(value):
@@ -170,6 +173,8 @@ def _kinds(name, default):
     """Return the kinds of values that a key may have, the usual one first."""
     if name in NULL_OR_NUMBER:
         return [_kind(0), "null"]
+    if name == "head.lr":
+        return [_kind(0), _kind([0])]
     if default is None or isinstance(default, str):
         lists = [_kind([]), _kind([""])] if name == "data.features" else []
         return [_kind(""), "null", *lists]
@@ -346,8 +351,14 @@ def _rules(cfg, pending):
     inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
     words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
     yield "sola.positions", len(inside) > 1 and all(inside), words
-    for key in ("threshold", "voting"):
-        yield f"detect.{key}", cfg.detect[key] <= 1, "a tIoU, at most 1"
+    yield "detect.voting", cfg.detect.voting <= 1, "a tIoU, at most 1"
+    for key in ("data.window_overlap", "detect.decay_above"):
+        block, _, name = key.partition(".")
+        inside = [0 <= number <= 1 for number in cfg[block][name]]
+        yield key, len(inside) == 2 and all(inside), "two numbers in [0, 1]"
+    if isinstance(rates := cfg.head.lr, list):
+        holds = rates and all(0 < lr < math.inf for lr in rates) and "detect" in cfg.stages
+        yield "head.lr", holds, "numbers above 0, with stage detect to compare them"
     possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
@@ -382,8 +393,10 @@ def _check_files(cfg, values, todo):
     subsets = read_annotations(cfg)
     train = cfg.data.train_subset if {"lofi", "head"} & todo else None
     val = cfg.data.val_subset if "detect" in todo else None
-    from_truth = cfg.detect.class_scores == "ground_truth"
-    data.check_segments(subsets, train=train, val=val, needs_classes=from_truth)
+    needs = "head.lr is a list" if isinstance(cfg.head.lr, list) else None
+    if cfg.detect.class_scores == "ground_truth":
+        needs = "detect.class_scores is ground_truth"
+    data.check_segments(subsets, train=train, val=val, needs=needs)
     kind = "frames" if reads_frames(cfg, todo) else "features"
     if kind == "frames" or (cfg.data.features and {"sola", "head"} & todo):
         for split in ("train", "val"):
@@ -454,7 +467,8 @@ def video_dataset(cfg, split, log=print, train=False):
     """Return the videos of a split, with their frames."""
     videos = load_videos(cfg, split, cfg.data.frames, "frames", log)
     classes = data.class_names(videos)
-    return data.VideoDataset(videos, classes=classes, train=train, seed=cfg.seed, **cfg.video)
+    options = {"train": train, "seed": cfg.seed, "window_overlap": cfg.data.window_overlap}
+    return data.VideoDataset(videos, classes=classes, **options, **cfg.video)
 
 
 def feature_source(cfg, run, raw=False):
@@ -469,7 +483,8 @@ def feature_dataset(cfg, run, split, log=print, raw=False):
     videos = load_videos(cfg, split, source, "features", log)
     in_windows = cfg.data.windows and split == "train" and not raw
     window = cfg.video.snippets if in_windows else None
-    dataset = data.FeatureDataset(videos, source, data.class_names(videos), window)
+    classes = data.class_names(videos)
+    dataset = data.FeatureDataset(videos, source, classes, window, cfg.data.window_overlap)
     L, C = dataset.num_snippets(0), dataset.channels
     log(f"{split}: features of {len(videos)} videos, in the first {L} snippets x {C} channels")
     if C == cfg.video.snippets != L:
@@ -550,6 +565,8 @@ def stage_inputs(cfg, run, stage):
         files = {"head": run.head, "class scores": cfg.detect.class_scores}
     inputs = {key: data.file_hash(p) for key, p in files.items() if os.path.isfile(p or "")}
     splits = {"detect": ["val"], "sola": ["train", "val"]}.get(stage, ["train"])
+    if stage == "head" and isinstance(cfg.head.lr, list):
+        splits = ["train", "val"]
     subsets = read_annotations(cfg)
     videos = list(itertools.chain(*(subsets.get(cfg.data[f"{s}_subset"], ()) for s in splits)))
     target_clips = stage == "pretrain" and "acp_plus" in cfg.pretrain.method
@@ -624,6 +641,41 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         save_json(versions, run.versions)
         save_json(cfg, run.config)
     return run
+
+
+def save_encoder(encoder, cfg, run, stage, seconds):
+    """Write what stage pretrain or lofi made, and what it cost with what it started from."""
+    start = cfg.pretrain.pretrained if stage == "pretrain" else encoder_path(cfg, run, stage)
+    metadata = {"encoder": dict(cfg.encoder), "seconds": seconds + seconds_of(start)}
+    save_weights(encoder, run.encoder(stage), **metadata)
+
+
+def search_lr(cfg, run, ddp, run_stages):
+    """Train a head at each learning rate of the list head.lr, on the same features, and keep the
+    one with the best average mAP in the validation videos.
+
+    Each is a run of its own in OUT/head/lr_X, which run_stages(config, pending, ddp) goes through:
+    a later start skips or resumes it. OUT/head/search.json has the average mAP of each.
+    """
+    source = feature_source(cfg, run)
+    trials = {lr: RunFolder(f"{run.path}/head/lr_{lr:g}") for lr in cfg.head.lr}
+    for lr, folder in trials.items():
+        ddp.log(f"head.lr {lr:g}: {folder.path}")
+        changes = {"out": folder.path, "stages": ["head", "detect"]}
+        changes |= {"data": Config(cfg.data, features=source), "head": Config(cfg.head, lr=lr)}
+        trial = Config(cfg, **changes)
+        run_stages(trial, check(trial, files=False), ddp)
+    if ddp.is_main:
+        metrics = {lr: load_json(folder.metrics) for lr, folder in trials.items()}
+        found = {lr: metrics[lr]["average_mAP"] for lr in trials}
+        best = max(found, key=found.get)
+        shared = seconds_of_features(source)
+        seconds = sum(trial["seconds"] - shared for trial in metrics.values())
+        saved = tsm.load_state(trials[best].head) | {"seconds": seconds}
+        save_json({"best_lr": best, "average_mAP": found}, f"{run.path}/head/search.json")
+        write_atomic(run.head, functools.partial(torch.save, saved))
+        table = ", ".join(f"{lr:g}: {100 * value:.2f}" for lr, value in found.items())
+        ddp.log(f"average mAP (%) by head.lr: {table}; kept: {best:g}")
 
 
 def save_feature_info(cfg, run, weights, datasets, seconds):

@@ -294,13 +294,13 @@ def targets_of(segments, labels, classes):
     return {"segments": segments, "labels": labels, "target": target / target.sum().clamp(min=1)}
 
 
-def check_segments(subsets, train=None, val=None, needs_classes=False):
+def check_segments(subsets, train=None, val=None, needs=None):
     """Raise InputError if no run can use the segments of subset `train`, which needs a usable one,
-    or `val`, where NaN stops the evaluation; needs_classes: it must have some."""
+    or `val`, where NaN stops the evaluation; needs: why it must have some."""
     if train in subsets and not class_names(subsets[train]):
         raise InputError(f"subset {train} has no usable segment (start < end, within its video)")
-    if needs_classes and val in subsets and not any(video.labels for video in subsets[val]):
-        raise InputError(f"detect.class_scores is ground_truth, but subset {val} has no segments")
+    if needs and val in subsets and not any(video.labels for video in subsets[val]):
+        raise InputError(f"{needs}, but subset {val} has no segments")
     bad = [v.name for v in subsets.get(val, []) if not np.isfinite(v.segments).all()]
     if bad:
         raise InputError(f"subset {val}: NaN or infinite segments in {first_names(bad)}: fix them")
@@ -554,9 +554,10 @@ class VideoDataset:
     "last"} and targets_of its segments.
 
     snippets: L at full fidelity. rate: snippets a second instead. Training then takes windows of
-    `snippets` of them that have a segment; else a video comes in pieces of at most `snippets`, of
-    which the last is marked: "last". Training takes one random crop (`crop` of the short side),
-    flip and snippet phase a video, a pure function of (seed, epoch, index); else all are central.
+    `snippets` of them that have a segment (window_overlap: see FeatureDataset); else a video comes
+    in pieces of at most `snippets`, of which the last is marked: "last". Training takes one random
+    crop (`crop` of the short side), flip and snippet phase a video, a pure function of (seed,
+    epoch, index); else all are central.
     """
 
     videos: list[Video]
@@ -568,6 +569,7 @@ class VideoDataset:
     crop: float = 0.875
     flip: bool = True
     rate: float | None = None
+    window_overlap: tuple = (0.5, 0.5)
     train: bool = False
     seed: int = 0
 
@@ -581,7 +583,8 @@ class VideoDataset:
         # The video and the first snippet of each sample.
         self.items = [(i, k) for i, n in enumerate(self.counts) for k in range(0, n, self.snippets)]
         if self.rate and self.train:
-            self.items = windows_with_segments(self.videos, self.counts, self.snippets)
+            windows = (self.videos, self.counts, self.snippets, self.window_overlap[0])
+            self.items = windows_with_segments(*windows)
         # Ranks share out videos, not pieces of them.
         self.owners = [i for i, _ in self.items]
 
@@ -608,7 +611,8 @@ class VideoDataset:
         numbers = snippet_frames(source.num_frames, count, self.frames_per_snippet, self.stride)
         numbers = numbers[first : first + self.snippets]
         if self.rate and self.train:
-            segments, labels = clip_to_window(segments, labels, count, first, self.snippets)
+            window = (count, first, self.snippets, self.window_overlap[1])
+            segments, labels = clip_to_window(segments, labels, *window)
             # Beyond the end of a short video its last snippet is repeated.
             numbers = numbers[torch.arange(self.snippets).clamp(max=len(numbers) - 1)]
         if self.train or not self.rate:
@@ -726,10 +730,11 @@ class FeatureDataset:
 
     source: a folder or HDF5 file, or a list of them, whose channels are put side by side. window:
     the samples are windows of so many snippets that have a segment, at the features' own rate, zero
-    beyond the end of a short video; None: whole videos.
+    beyond the end of a short video; None: whole videos. window_overlap: share of a segment within
+    a window from which on the window is a sample, and share from which on its segments count.
     """
 
-    def __init__(self, videos: list[Video], source, classes: list[str] = (), window=None):
+    def __init__(self, videos, source, classes=(), window=None, window_overlap=(0.5, 0.5)):
         self.videos = videos
         self.classes = list(classes)
         self.paths = []  # of each source, of each video
@@ -741,10 +746,10 @@ class FeatureDataset:
             self.paths.append([found[name] for name in names])
         self.widths = [read_features(paths[0], False).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
-        self.window = window
+        self.window, (least, self.least) = window, window_overlap
         if window:
             self.counts = [self.num_snippets(i) for i in range(len(videos))]
-            self.items = windows_with_segments(videos, self.counts, window)
+            self.items = windows_with_segments(videos, self.counts, window, least)
 
     def _open(self, k, index):
         path = self.paths[k][index]
@@ -792,7 +797,8 @@ class FeatureDataset:
             i, first = self.items[index]
             x = self.features(i, rows=slice(first, first + self.window))
             x = pad(x, (0, self.window - x.shape[1]))
-            actions = clip_to_window(*self.videos[i].actions, self.counts[i], first, self.window)
+            place = (self.counts[i], first, self.window, self.least)
+            actions = clip_to_window(*self.videos[i].actions, *place)
         else:
             i = index
             x = self.features(i, fidelity.snippets)
@@ -870,23 +876,25 @@ def cut_windows(features: torch.Tensor, length: int) -> tuple[torch.Tensor, torc
     return windows, torch.tensor(starts, device=features.device)
 
 
-def clip_to_window(segments, labels, count, first, length):
-    """Return the segments (N, 2) of a video of `count` snippets that lie at least half in a window
-    from snippet `first` on, as fractions of it, clipped, and their labels."""
+def clip_to_window(segments, labels, count, first, length, least=0.5):
+    """Return the segments (N, 2) of a video of `count` snippets of which at least a share `least`
+    lies in a window from snippet `first` on, as fractions of it, clipped, and their labels."""
     segments = (segments * count - first) / length
     clipped = segments.clamp(0, 1)
     seen = clipped[:, 1] - clipped[:, 0]
-    keep = (seen > 0) & (seen >= 0.5 * (segments[:, 1] - segments[:, 0]))
+    keep = (seen > 0) & (seen >= least * (segments[:, 1] - segments[:, 0]))
     return clipped[keep], tuple(compress(labels, keep.tolist()))
 
 
-def windows_with_segments(videos, counts, length):
-    """Return (video, first snippet) of every window that training sees; counts: of snippets."""
+def windows_with_segments(videos, counts, length, least=0.5):
+    """Return (video, first snippet) of every window that training sees: those with a segment of
+    which at least a share `least` lies in them; counts: of snippets."""
     found = [(i, f) for i, count in enumerate(counts) for f in window_starts(count, length)]
-    seen = [clip_to_window(*videos[i].actions, counts[i], f, length)[1] for i, f in found]
+    seen = [clip_to_window(*videos[i].actions, counts[i], f, length, least)[1] for i, f in found]
     found = list(compress(found, seen))
     if not found:
-        raise InputError(f"no window of {length} snippets (video.snippets) holds half a segment")
+        words = f"no window of {length} snippets (video.snippets)"
+        raise InputError(f"{words} holds {least:.0%} of a segment (data.window_overlap)")
     return found
 
 

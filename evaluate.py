@@ -70,14 +70,15 @@ def soft_nms(
     sigma=0.84,
     top_k=100,
     decay="gaussian",
-    threshold=0.0,
+    decay_above=(0.0, 0.0),
     min_score=0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply soft-NMS (Bodla et al., ICCV 2017) to a padded batch, on its own device.
 
     Repeat: take the highest score of each video (of equal ones the lowest index), then multiply
-    every remaining score with tIoU > threshold by exp(-tIoU^2 / sigma); decay "linear": by
-    1 - tIoU; "hard": remove it (greedy NMS). LoFi uses sigma 0.84, G-TAD 0.8, both threshold 0.
+    every remaining score by exp(-tIoU^2 / sigma); decay "linear": by 1 - tIoU; "hard": remove it
+    (greedy NMS). LoFi uses sigma 0.84, G-TAD 0.8. decay_above: the tIoU above which it does, for a
+    picked segment of no width and for one of width 1, linear between; BMN: 0.5 and 0.9.
 
     segments (B, K, 2), scores (B, K) >= 0, valid (B, K) bool or None: False is never picked.
     Returns segments (B, k, 2), decayed scores (B, k), highest first, valid (B, k), where
@@ -94,13 +95,13 @@ def soft_nms(
     # On a CPU, blocks of videos that stay in the cache: up to twice as fast.
     at_once = max(1, 40_000 // max(K, 1)) if scores.device.type == "cpu" else max(B, 1)
     blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
-    parts = [_nms(*block, min(top_k, K), decay, sigma, threshold) for block in blocks]
+    parts = [_nms(*block, min(top_k, K), decay, sigma, decay_above) for block in blocks]
     segments, scores, valid = (torch.cat(part) for part in zip(*parts, strict=True))
     valid &= scores >= min_score
     return segments.masked_fill(~valid[..., None], 0), scores.masked_fill(~valid, 0), valid
 
 
-def _nms(segments, scores, valid, k, decay, sigma, threshold):
+def _nms(segments, scores, valid, k, decay, sigma, above):
     """Pick the best of each video, k times; its score is -inf where none is left."""
     dtype = torch.promote_types(torch.promote_types(segments.dtype, scores.dtype), torch.float32)
     segments = segments.to(dtype).masked_fill(~valid[..., None], 0)
@@ -118,8 +119,9 @@ def _nms(segments, scores, valid, k, decay, sigma, threshold):
         overlap = torch.minimum(end, end.gather(1, i)).sub_(torch.maximum(start, best_start))
         overlap.clamp_(min=0)
         overlap.div_((length + length.gather(1, i)).sub_(overlap))
-        if threshold:
-            overlap.masked_fill_(overlap <= threshold, 0)
+        if any(above):  # BMN: a long segment spares more of the others
+            least = above[0] + (above[1] - above[0]) * length.gather(1, i)
+            overlap.masked_fill_(overlap <= least, 0)
         if decay == "gaussian":
             remaining.mul_(overlap.square_().mul_(-1 / sigma).exp_())
         elif decay == "linear":

@@ -263,7 +263,8 @@ class GTAD(nn.Module):
     in_channels: C. hidden: channels of the graph blocks, gcn_width their inner width. inner_bins,
     context_bins: of the alignments of the snippets and of their neighbour means. map_hidden: widths
     of the localization module, kernel: of its two middle convolutions. durations: D, None for D = L
-    of the input. The defaults are ActivityNet's release; THUMOS has 16 and 16 bins, kernel 3, D 64.
+    of the input. bin_width: see the function `make_targets`; every_pair, longest: see `decode`. The
+    defaults are ActivityNet's release; configs/thumos14.yaml has THUMOS14's.
     """
 
     def __init__(
@@ -280,11 +281,16 @@ class GTAD(nn.Module):
         map_hidden: Sequence[int] = (512, 128),
         kernel: int = 1,
         durations: int | None = None,
+        bin_width: float = 2.0,
+        every_pair: bool = False,
+        longest: int | None = None,
     ):
         super().__init__()
         self.neighbours = neighbours
         self.bins = (inner_bins, context_bins)
         self.durations = durations
+        self.bin_width = bin_width
+        self.proposals = {"every_pair": every_pair, "longest": longest}
         block = functools.partial(GCNeXt, hidden, gcn_width, gcn_groups)
         stem = nn.Conv1d(in_channels, hidden, 3, padding=1, groups=stem_groups)
         self.backbone1 = nn.Sequential(stem, nn.ReLU(), block())
@@ -310,6 +316,14 @@ class GTAD(nn.Module):
         L = x.shape[1]
         alignment = sgalignment(L, self.durations or L, self.bins, x.device, x.dtype)
         return start, end, score_map(self.localization[::2], (x, context), alignment)
+
+    def make_targets(self, segments: Sequence[Tensor], L: int, device=None) -> "Targets":
+        """Return what the outputs should be: see the function."""
+        return make_targets(segments, L, self.durations, device, bin_width=self.bin_width)
+
+    def decode(self, start: Tensor, end: Tensor, map: Tensor) -> tuple:
+        """Turn outputs into proposals: see the function."""
+        return decode(start, end, map, **self.proposals)
 
 
 def load_official(state_dict: dict, *, inner_bins: int = 32, **options) -> GTAD:
@@ -346,11 +360,14 @@ class Targets(NamedTuple):
     valid: Tensor  # (D, L) bool: the cell's segment ends inside the video
 
 
-def make_targets(segments: Sequence[Tensor], L: int, D: int | None = None, device=None) -> Targets:
+def make_targets(
+    segments: Sequence[Tensor], L: int, D: int | None = None, device=None, *, bin_width=2.0
+) -> Targets:
     """Turn annotated segments into Targets on L snippets and D durations (default L).
 
     segments: list of B tensors (N_i, 2), start and end as fractions of the video; parts outside
-    [0, 1] are clipped; N_i may be 0. Float32, or float64 where the segments are.
+    [0, 1] are clipped; N_i may be 0. Float32, or float64 where the segments are. bin_width: of
+    start and end, in snippets: the bin of snippet i is [i - 0.5, i - 0.5 + bin_width].
     """
     for segment in segments:
         if segment.shape[1:] != (2,) or not (segment[:, 0] <= segment[:, 1]).all():
@@ -368,10 +385,10 @@ def make_targets(segments: Sequence[Tensor], L: int, D: int | None = None, devic
         b, f = segment[:, :, None, None].unbind(1)
         overlap = (torch.minimum(high, f) - torch.maximum(low, b)).clamp_min(0)
         iou = torch.maximum(iou, overlap / ((high - low) + (f - b) - overlap))
-        # Within 1.5 snippets of a boundary is what share of the bin [i - 0.5, i + 1.5]?
+        # Within 1.5 snippets of a boundary is what share of the bin?
         at = segment.unsqueeze(2) * L
-        overlap = torch.minimum(at + 1.5, i + 1.5) - torch.maximum(at - 1.5, i - 0.5)  # (B, 2, L)
-        near = torch.maximum(near, overlap / 2)
+        overlap = torch.minimum(at + 1.5, i - 0.5 + bin_width) - torch.maximum(at - 1.5, i - 0.5)
+        near = torch.maximum(near, overlap / bin_width)  # (B, 2, L)
     return Targets(*near.unbind(1), iou * valid, valid)
 
 
@@ -434,15 +451,15 @@ def losses(start: Tensor, end: Tensor, map: Tensor, targets: Targets, weights: W
 
 
 @torch.no_grad()
-def decode(start: Tensor, end: Tensor, map: Tensor, *, boundary_scores: bool = False) -> tuple:
+def decode(start: Tensor, end: Tensor, map: Tensor, *, every_pair=False, longest=None) -> tuple:
     """Turn outputs into segments (B, K, 2) in [0, 1], scores (B, K), valid (B, K), best first.
 
     A start s in 0 .. L - 1 is kept if its score is a local peak or above half the video's best;
     s = 0 always. An end e in 1 .. L likewise, by the score of snippet e as in the release; the last
     two always, by that of snippet L - 1, where the target of a segment that ends with the video is
     1. Each kept pair with e > s is a proposal [s/L, e/L]; its score is map[1] * map[0] at cell
-    (e - s - 1, s), with `boundary_scores` (BMN) times those of s and e. K is that of the video with
-    most proposals; the others are padded with score 0 and valid False.
+    (e - s - 1, s). every_pair: all pairs are kept. longest: those of at most so many snippets. K is
+    that of the video with most proposals; others are padded with score 0 and valid False.
     """
     D, L = map.shape[2:]
     scores = torch.stack([start, end])  # (2, B, L)
@@ -454,10 +471,9 @@ def decode(start: Tensor, end: Tensor, map: Tensor, *, boundary_scores: bool = F
     ends[:, -1] = True
     s, d, inside = anchor_grid(L, D, map.device)
     e = (s + d + 1).clamp_max(L - 1)  # (D, L), where boundary e has its score
-    keep = starts[:, s] & ends[:, e] & inside  # (B, D, L)
+    inside = inside & (d < (longest or D))
+    keep = (starts[:, s] & ends[:, e] | every_pair) & inside  # (B, D, L)
     score = map[:, 0] * map[:, 1]
-    if boundary_scores:
-        score = score * start[:, s] * end[:, e]
     K = int(keep.flatten(1).sum(dim=1).max())
     score = score.masked_fill(~keep, -1).flatten(1)
     score, cell = (x[:, :K] for x in score.sort(dim=1, descending=True, stable=True))

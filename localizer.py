@@ -281,8 +281,7 @@ class Localizer(nn.Module):
         *outputs, logits = self(x)
         if not all(output.isfinite().all() for output in outputs):
             raise InputError("the head gives NaN or infinity: weights or features are damaged")
-        boundary_scores = isinstance(self.head, bmn.BMN)
-        return *gtad.decode(*outputs, boundary_scores=boundary_scores), logits
+        return *self.head.decode(*outputs), logits
 
 
 def localization_step(net, batch, generator, *, loss, options, ddp):
@@ -299,8 +298,7 @@ def localization_step(net, batch, generator, *, loss, options, ddp):
     inputs = batch.get("frames", batch.get("features"))
     num_videos, num_snippets = len(inputs), inputs.shape[1 if inputs.ndim == 6 else 2]
     model = getattr(net, "module", net)
-    durations = getattr(model.head, "durations", None)
-    targets = gtad.make_targets(batch["segments"], num_snippets, durations, inputs.device)
+    targets = model.head.make_targets(batch["segments"], num_snippets, inputs.device)
     ranks = {"shard": (ddp.rank, ddp.world_size), "reduce": ddp.mean}
     weights = gtad.loss_weights(targets, generator=generator, **ranks)
     spans = ()
@@ -507,13 +505,13 @@ def recalibrate(encoder, dataset, workers, ddp, chunk_snippets):
 
 
 @torch.no_grad()
-def propose(model, features, window=None, at_once=16):
+def propose(model, features, window=None, at_once=16, nms=None):
     """Return proposals of features (B, C, L), see Localizer.proposals, and what tells their
     classes: probabilities of each video, (B, n), or logits of each snippet, (B, n + 1, L).
 
     window: snippets of the windows into which a long video, a batch of one, is cut for the head:
     then the proposals are those of all windows, as fractions of the video, and the probabilities of
-    its classes their mean.
+    its classes their mean. nms: of proposals, for those of each window.
     """
     if window is None:
         *proposals, logits = model.proposals(features)
@@ -525,8 +523,9 @@ def propose(model, features, window=None, at_once=16):
         segments, scores, valid, logits = model.proposals(x)
         segments = (start[:, None, None] + segments * window) / num_snippets
         valid = valid & (segments[..., 0] < 1)  # the last window may go beyond the video
-        segments = segments.clamp(max=1).flatten(0, 1)
-        parts.append((segments, scores.flatten(), valid.flatten(), logits.softmax(1)))
+        found = (segments.clamp(max=1), scores, valid)
+        found = nms(*found) if nms else found
+        parts.append((*(x.flatten(0, 1) for x in found), logits.softmax(1)))
     *proposals, classes = (torch.cat(part)[None] for part in zip(*parts, strict=True))
     if model.per_segment:
         # Of the whole video: beside a segment lies what another window may show.
@@ -542,9 +541,10 @@ def predict(model, features, names, durations, options, class_scores=None, windo
     of a segment's class is its proposal's score ** confidence_power times its probability. Both
     results are {video: [{"label", "score", "segment"}]}, best first, proposals without labels.
     """
-    segments, confidence, valid, classes = propose(model, features, window)
-    nms_options = ("sigma", "top_k", "decay", "threshold", "min_score")
+    nms_options = ("sigma", "top_k", "decay", "decay_above", "min_score")
     nms = partial(evaluate.soft_nms, **{name: options[name] for name in nms_options})
+    of_windows = nms if options["window_nms"] else None
+    segments, confidence, valid, classes = propose(model, features, window, nms=of_windows)
     if options["voting"]:
         nms = partial(evaluate.vote, nms, threshold=options["voting"])
     kept = agnostic = nms(segments, confidence, valid)

@@ -112,9 +112,7 @@ def pretrain_stage(cfg, run, ddp):
     if ddp.is_main:
         checkpoint.save_json({**cfg.pretrain, "tasks": records}, run.accuracy)
         seconds = sum(record["seconds"] for record in records.values())
-        seconds += checkpoint.seconds_of(cfg.pretrain.pretrained)
-        metadata = {"encoder": dict(cfg.encoder), "seconds": seconds}
-        checkpoint.save_weights(encoder, run.encoder("pretrain"), **metadata)
+        config.save_encoder(encoder, cfg, run, "pretrain", seconds)
 
 
 def pretrain_task(encoder, task, cfg, ddp):
@@ -154,9 +152,7 @@ def lofi_stage(cfg, run, ddp):
         videos = config.video_dataset(cfg, "train", ddp.log)
         seconds += localizer.recalibrate(encoder, videos, cfg.data.workers, ddp, **cfg.features)
     if ddp.is_main:
-        seconds += checkpoint.seconds_of(weights)
-        metadata = {"encoder": dict(cfg.encoder), "seconds": seconds}
-        checkpoint.save_weights(encoder, run.encoder("lofi"), **metadata)
+        config.save_encoder(encoder, cfg, run, "lofi", seconds)
 
 
 def features_stage(cfg, run, ddp):
@@ -191,7 +187,9 @@ def sola_stage(cfg, run, ddp):
 
 
 def head_stage(cfg, run, ddp):
-    """Section 3.1: train a fresh head and a classifier on features at full fidelity."""
+    """Section 3.1: train a fresh head and a classifier at full fidelity; 3.3: search its lr."""
+    if isinstance(cfg.head.lr, list):
+        return config.search_lr(cfg, run, ddp, run_stages)
     dataset = config.feature_dataset(cfg, run, "train", ddp.log)
     torch.manual_seed(data.seed_of(cfg.seed, "head"))
     model = Localizer(**config.head_options(cfg, dataset.channels), classes=dataset.classes)
@@ -223,24 +221,27 @@ def detect_stage(cfg, run, ddp):
         ddp.log(summary)  # metrics.json is written
 
 
+def run_stages(cfg, pending, ddp):
+    """Run those stages of a config that are still to run, in its folder."""
+    run = config.open_run(cfg, ddp, pending)
+    stages = pretrain_stage, lofi_stage, features_stage, sola_stage, head_stage, detect_stage
+    for name, stage in zip(config.STAGES, stages, strict=True):
+        ddp.barrier()
+        if name in pending:
+            started = time.monotonic()
+            if ddp.is_main:  # what it works on, for later starts
+                checkpoint.save_json(config.stage_inputs(cfg, run, name), run.inputs(name))
+            stage(cfg, run, ddp)
+            ddp.log(f"stage {name} took {time.monotonic() - started:.1f} s")
+        elif name in cfg.stages:
+            ddp.log(f"stage {name} is done: {run.path}/{config.STAGES[name]}")
+
+
 def main(argv=None):
     with config.one_line_errors("lofi_tal.py"), checkpoint.StopSignals(defer=False):
         cfg = config.from_command_line(__doc__, argv)
-        pending = config.check(cfg)
-        ddp = setup_distributed(cfg)
-        run = config.open_run(cfg, ddp, pending)
-        stages = pretrain_stage, lofi_stage, features_stage, sola_stage, head_stage, detect_stage
-        for name, stage in zip(config.STAGES, stages, strict=True):
-            ddp.barrier()
-            if name in pending:
-                started = time.monotonic()
-                if ddp.is_main:  # what it works on, for later starts
-                    checkpoint.save_json(config.stage_inputs(cfg, run, name), run.inputs(name))
-                stage(cfg, run, ddp)
-                ddp.log(f"stage {name} took {time.monotonic() - started:.1f} s")
-            elif name in cfg.stages:
-                ddp.log(f"stage {name} is done: {run.path}/{config.STAGES[name]}")
-        if ddp.world_size > 1:
+        run_stages(cfg, config.check(cfg), setup_distributed(cfg))
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -217,13 +217,13 @@ def test_segments_that_no_run_can_use_are_found_at_its_start(tmp_path):
     subsets = data.load_annotations(write_annotations(tmp_path / "a.json", database))
     data.check_segments(subsets)
     data.check_segments(subsets, "validation", "training")
-    data.check_segments(subsets, "gone", "gone", needs_classes=True)
+    data.check_segments(subsets, "gone", "gone", needs="a key")
     with pytest.raises(InputError, match="subset training has no usable segment"):
         data.check_segments(subsets, "training")
     with pytest.raises(InputError, match=r"subset validation: NaN.* in w"):
         data.check_segments(subsets, None, "validation")
-    with pytest.raises(InputError, match="ground_truth, but subset test has no segments"):
-        data.check_segments(subsets, None, "test", needs_classes=True)
+    with pytest.raises(InputError, match="a key, but subset test has no segments"):
+        data.check_segments(subsets, None, "test", needs="a key")
 
 
 def test_fingerprints_tell_what_is_trained_on_not_where_it_lies():

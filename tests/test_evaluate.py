@@ -78,7 +78,7 @@ def plain_map(gt, pred, thresholds, interpolate=True):
 
 
 def plain_nms(
-    segments, scores, top_k, *, sigma=0.84, decay="gaussian", threshold=0.0, min_score=0.0
+    segments, scores, top_k, *, sigma=0.84, decay="gaussian", decay_above=(0, 0), min_score=0.0
 ):
     """Return rows (start, end, score)."""
     remaining = list(range(len(scores)))
@@ -92,7 +92,8 @@ def plain_nms(
         out.append((*segments[best], scores[best]))
         for i in list(remaining):
             overlap = plain_tiou(segments[best], segments[i])
-            if not overlap > threshold:
+            low, high = decay_above
+            if not overlap > low + (high - low) * (segments[best][1] - segments[best][0]):
                 continue
             if decay == "hard":
                 remaining.remove(i)
@@ -162,9 +163,9 @@ def random_proposals(seed, B, K, dtype=torch.float64):
 
 RULES = [
     {"sigma": (0.84, 0.3, 1e-4)},
-    {"decay": ["hard"], "threshold": (0.5, 0.0, 1.0)},
-    {"decay": ["linear"], "threshold": (0.0, 0.3, 0.7), "min_score": (0.0, 0.3, 0.5)},
-    {"sigma": (0.5, 0.3, 0.84), "threshold": (0.3, 0.5, 0.9), "min_score": (0.01, 0.25, 0.6)},
+    {"decay": ["hard"], "decay_above": ((0.5, 0.5), (0.0, 0.0), (1.0, 1.0))},
+    {"decay": ["linear"], "decay_above": ((0.3, 0.3), (0.2, 0.7)), "min_score": (0.0, 0.3, 0.5)},
+    {"sigma": (0.5, 0.3), "decay_above": ((0.5, 0.9), (0.3, 0.3)), "min_score": (0.01, 0.25, 0.6)},
 ]
 
 
@@ -255,7 +256,7 @@ def test_voting_equals_plain_loop(seed):
 def test_voting_by_hand():
     segments = torch.tensor([[[0.0, 0.4], [0.0, 0.5], [0.6, 0.9]]])
     scores = torch.tensor([[0.75, 0.25, 0.5]])
-    nms = partial(ev.soft_nms, decay="hard", threshold=0.5)
+    nms = partial(ev.soft_nms, decay="hard", decay_above=(0.5, 0.5))
     moved, kept, _ = ev.vote(nms, segments, scores, torch.ones(1, 3).bool(), threshold=0.75)
     # tIoU 0.8: three quarters of the first and a quarter of the second.
     torch.testing.assert_close(moved[0, :2], torch.tensor([[0.0, 0.425], [0.6, 0.9]]))
@@ -276,7 +277,9 @@ def test_the_lines_of_the_page_on_evaluation_run():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"decay": "hard", "threshold": 0.5}, {"decay": "linear"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"decay": "hard", "decay_above": (0.5, 0.5)}, {"decay": "linear"}]
+)
 def test_nms_on_cuda_equals_cpu(options):
     segments, scores, valid = random_proposals(3, 20, 3000)
     on_cpu = ev.soft_nms(segments, scores, valid, **options)

@@ -392,7 +392,16 @@ def test_two_ranks_of_two_videos_are_one_rank_of_four():
 # --------------------------------------------------------------------------------------- decoding
 
 
-def decode_by_loop(start, end, map, boundary_scores):
+def test_bins_of_a_snippet():
+    """A start at snippet 2.25 is near 0.75 to 3.75, of which bin [0.5, 1.5] has three quarters."""
+    segments = [torch.tensor([[0.225, 1.0]]).double()]
+    start = small(bin_width=1.0).make_targets(segments, 10).start[0]
+    assert start.tolist() == pytest.approx([0, 0.75, 1, 1, 0.25, 0, 0, 0, 0, 0])
+    start = small().make_targets(segments, 10).start[0]
+    assert start.tolist() == pytest.approx([0.375, 0.875, 1, 0.625, 0.125, 0, 0, 0, 0, 0])
+
+
+def decode_by_loop(start, end, map, every_pair, longest):
     """Proposals of one video, best first: [(score, s, e)]."""
     L, D = len(start), map.shape[1]
 
@@ -400,28 +409,27 @@ def decode_by_loop(start, end, map, boundary_scores):
         peak = 0 < i < L - 1 and score[i - 1] < score[i] > score[i + 1]
         return peak or score[i] > 0.5 * max(score)
 
-    starts = [i for i in range(L) if i == 0 or kept(start, i)]
-    ends = [i for i in range(L) if i == L - 1 or kept(end, i)] + [L]
+    starts = [i for i in range(L) if every_pair or i == 0 or kept(start, i)]
+    ends = [i for i in range(L) if every_pair or i == L - 1 or kept(end, i)] + [L]
     found = []
     for s in starts:
         for e in ends:
-            if s < e <= s + D:
+            if s < e <= s + min(D, longest or D):
                 score = map[1, e - s - 1, s] * map[0, e - s - 1, s]
-                if boundary_scores:
-                    score = score * start[s] * end[min(e, L - 1)]
                 found.append((float(score), s, e))
     return sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("boundary_scores", [False, True])
+@pytest.mark.parametrize(("every_pair", "longest"), [(False, None), (True, None), (True, 4)])
 @pytest.mark.parametrize("L, D", [(9, 9), (12, 5), (2, 2), (1, 1)])
-def test_decoding_against_a_loop(L, D, boundary_scores):
+def test_decoding_against_a_loop(L, D, every_pair, longest):
     torch.manual_seed(L)
     start, end = torch.rand(2, 3, L).double()
     map = torch.rand(3, 2, D, L).double()
-    segments, scores, valid = decode(start, end, map, boundary_scores=boundary_scores)
+    head = small(durations=D, every_pair=every_pair, longest=longest)
+    segments, scores, valid = head.decode(start, end, map)
     videos = zip(start, end, map, strict=True)
-    expected = [decode_by_loop(*video, boundary_scores) for video in videos]
+    expected = [decode_by_loop(*video, every_pair, longest) for video in videos]
     assert valid.sum(dim=1).tolist() == [len(found) for found in expected]
     assert scores.shape[1] == max(len(found) for found in expected)
     for v, found in enumerate(expected):

@@ -316,7 +316,7 @@ def test_each_segment_gets_its_own_class():
 def test_proposals_compete_within_their_class_alone():
     """Both classes keep the proposal of the whole video, with its score times each class's."""
     scores = (np.array([[0.25, 0.75]]), ["x", "y"])
-    hard = {"class_wise": True, "decay": "hard", "threshold": 0.6, "classes_per_video": 2}
+    hard = {"class_wise": True, "decay": "hard", "decay_above": [0.6, 0.6], "classes_per_video": 2}
     found, _ = predict(scores, top_k=10, **hard)
     expected = [("y", 0.675, [0.0, 16.0]), ("y", 0.375, [0.0, 8.0]), ("y", 0.3, [8.0, 16.0])]
     expected += [("x", 0.225, [0.0, 16.0]), ("x", 0.125, [0.0, 8.0]), ("x", 0.1, [8.0, 16.0])]
@@ -330,11 +330,11 @@ def test_proposals_compete_within_their_class_alone():
 
 def test_options_of_block_detect():
     scores = (torch.tensor([[1.0]]), ["x"])
-    found, proposals = predict(scores, decay="linear", threshold=0.6, min_score=0.3)
+    found, proposals = predict(scores, decay="linear", decay_above=[0.6, 0.6], min_score=0.3)
     # [8, 14] and [8, 16] have tIoU 0.75: 0.4 * (1 - 0.75) is below 0.3.
     assert [d["score"] for d in found] == pytest.approx([0.9, 0.5, 0.4])
     assert [d["score"] for d in proposals] == pytest.approx([0.9, 0.5, 0.4])
-    found, _ = predict(scores, decay="hard", threshold=0.6, voting=0.75)
+    found, _ = predict(scores, decay="hard", decay_above=[0.6, 0.6], voting=0.75)
     # The mean of [8, 16] and [8, 14], with equal scores.
     assert [d["segment"] for d in found] == [[0.0, 16.0], [0.0, 8.0], [8.0, 15.0]]
 

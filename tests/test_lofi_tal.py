@@ -17,6 +17,7 @@ from processes import ENV, TORCHRUN, WARM_TORCHRUN, Process, free_port, start_ra
 import config
 import data
 import gtad
+import localizer
 import lofi_tal
 from checkpoint import RunFolder, load_json
 from sola import SoLa, similarity_step
@@ -352,8 +353,46 @@ def test_a_subset_without_segments_is_not_scored(whole, toy, tmp_path, capsys):
     metrics, results = result_of(tmp_path / "run")
     assert len(results) == 8 and all(results.values())
     assert "mAP" not in metrics and len(metrics["videos"]) == 16
-    argv += [f"out={tmp_path}/other", "detect.class_scores=ground_truth"]
-    assert "subset testing has no segments" in error_of(argv)
+    for word in ("detect.class_scores=ground_truth", "head.lr=[1e-3, 2e-3]"):
+        message = error_of([*argv, f"out={tmp_path}/other", word])
+        assert word.partition("=")[0] in message and "testing has no segments" in message
+
+
+def test_the_best_of_several_learning_rates_is_kept(whole, toy, tmp_path, monkeypatch, capsys):
+    """Each head is that of a run with its rate alone, also after a kill amid the second."""
+    overrides = [f"data.features={whole}/features", "stages=[head, detect]"]
+    rates = [1e-5, 4e-3]
+    for lr in rates:
+        lofi_tal.main(arguments(toy, tmp_path / f"{lr:g}", *overrides, f"head.lr={lr}"))
+    argv = arguments(toy, tmp_path / "both", *overrides, f"head.lr={rates}")
+    step, steps = localizer.localization_step, []
+
+    def killed(*args, **kwargs):
+        steps.append(kwargs)
+        if len(steps) == 12:  # of 8 a rate
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(lofi_tal, "localization_step", killed)
+    assert "interrupted" in error_of(argv)
+    monkeypatch.setattr(lofi_tal, "localization_step", step)
+    capsys.readouterr()
+    lofi_tal.main(argv)
+    log = capsys.readouterr().out
+    assert "lr_1e-05/metrics.json" in log and "head: resuming at epoch 2, step 1" in log
+    alone = [result_of(tmp_path / f"{lr:g}") for lr in rates]
+    for lr, expected in zip(rates, alone, strict=True):
+        assert result_of(tmp_path / f"both/head/lr_{lr:g}") == expected
+    averages = [metrics["average_mAP"] for metrics, _ in alone]
+    scores = dict(zip(map(str, rates), averages, strict=True))
+    best = max(rates, key=lambda lr: scores[str(lr)])
+    search = {"best_lr": best, "average_mAP": scores}
+    assert load_json(tmp_path / "both/head/search.json") == search and f"kept: {best:g}" in log
+    assert result_of(tmp_path / "both") == alone[rates.index(best)]
+    one, two = tmp_path / f"{best:g}/head/head.pt", tmp_path / "both/head/head.pt"
+    assert same(weights(one), weights(two))
+    assert torch.load(two)["seconds"] > torch.load(one)["seconds"]
+    assert "head.lr is [1e-05" in error_of([*argv, "stages=[head]", f"out={tmp_path}/x"])
 
 
 # ------------------------------------------------------------------------------------- stage sola

@@ -1,5 +1,6 @@
 """Sliding windows over long videos, as on THUMOS14: data sets, merging, and whole runs."""
 
+import math
 import os
 
 import numpy as np
@@ -11,7 +12,7 @@ import data
 import evaluate
 import lofi_tal
 from checkpoint import load_json, save_json
-from localizer import propose
+from localizer import predict, propose
 from tools.make_toy import Toy, make_toy
 
 
@@ -32,6 +33,32 @@ def test_a_window_sees_the_segments_that_are_at_least_half_in_it():
     seen, labels = data.clip_to_window(segments, tuple("abcde"), 20, 6, 8)
     assert labels == ("a", "b")
     torch.testing.assert_close(seen, torch.tensor([[0.25, 0.5], [0.0, 0.25]]))
+
+
+def test_a_window_with_most_of_a_segment_is_trained_on_with_all_that_is_in_it(tmp_path):
+    """20 snippets of 1 s in windows of 8, from 0, 4, 8 and 12 on."""
+    segments = [(1.0, 3.0), (6.0, 10.0), (11.3, 14.0)]
+    video = make_video("a", 20.0, segments, "xxx")
+    source = write_features(tmp_path / "f", {"a": 20})
+
+    def seen(*window_overlap):
+        train = data.FeatureDataset([video], source, ["x"], 8, window_overlap)
+        return {train.items[k][1]: train[k, None]["segments"].mul(8) for k in range(len(train))}
+
+    def inside(first, least):
+        clipped = [(max(a - first, 0.0), min(b - first, 8.0)) for a, b in segments]
+        lengths = zip(clipped, segments, strict=True)
+        return [c for c, (a, b) in lengths if c[1] > c[0] and c[1] - c[0] >= least * (b - a)]
+
+    # From 12 on there are 2 of the last segment's 2.7 s.
+    for shares, starts in (((0.5, 0.5), [0, 4, 8, 12]), ((0.9, 0.0), [0, 4, 8])):
+        windows = seen(*shares)
+        assert list(windows) == starts
+        for first, found in windows.items():
+            torch.testing.assert_close(found, torch.tensor(inside(first, shares[1])))
+    assert [len(found) for found in windows.values()] == [2, 2, 2]
+    with pytest.raises(data.InputError, match=r"holds 90% of a segment \(data\.window_overlap"):
+        data.FeatureDataset([make_video("a", 20.0, [(0.0, 9.0)], "x")], source, ["x"], 8, (0.9, 0))
 
 
 def write_features(folder, lengths, channels=3):
@@ -126,6 +153,32 @@ def test_proposals_of_all_windows_become_those_of_the_video():
     torch.testing.assert_close(scores, torch.tensor([[0.9, 0.8, 0.7]]))
     assert valid.all()
     torch.testing.assert_close(classes, torch.tensor([[2.5 / 3, 0.5 / 3]]))
+
+
+def test_soft_nms_of_each_window_and_of_all():
+    """One proposal a window, then two a window of which the second is decayed twice."""
+    model = Recorded([[0.5, 1.0], [0.0, 0.5]], [0.9, 0.8], [[0.0], [0.0]])
+    options = {"sigma": 0.5, "top_k": 3, "classes_per_video": 1, "confidence_power": 1.0}
+    options |= {"decay_above": [0.0, 0.0], "window_nms": True}
+    model.classes, x = ["jump"], torch.arange(0.0, 6.0)[None, None]
+    found, _ = predict(model, x, ["v"], [6.0], options, window=4)
+    assert [pytest.approx(d["segment"]) for d in found["v"]] == [[2.0, 4.0], [2.0, 4.0]]
+    assert [d["score"] for d in found["v"]] == pytest.approx([0.9, 0.8 * math.exp(-2)])
+
+    class Twice(Recorded):
+        def proposals(self, x):
+            *found, logits = super().proposals(x)
+            return *(torch.cat([part, part], 1) for part in found), logits
+
+    twice = Twice([[0.5, 1.0], [0.0, 0.5]], [0.9, 0.8], [[0.0], [0.0]])
+    twice.classes = ["jump"]
+    factor = math.exp(-2)
+    for window_nms, scores in (
+        (False, [0.9, 0.9 * factor, 0.8 * factor**2]),
+        (True, [0.9, 0.8 * factor, 0.9 * factor**3]),
+    ):
+        found, _ = predict(twice, x, ["v"], [6.0], options | {"window_nms": window_nms}, window=4)
+        assert [d["score"] for d in found["v"]] == pytest.approx(scores)
 
 
 @pytest.mark.parametrize(("start", "valid"), [(0.25, True), (0.75, False)])
