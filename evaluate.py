@@ -240,14 +240,12 @@ def fuse_classes(
     segments = _checked("segments", segments, (B, K, 2), valid)
     scores = _checked("scores", scores, (B, K), valid)
     durations = _checked("durations", durations, (B,))
-    per_video = class_scores.ndim == 2
-    shape = (B, len(labels)) if per_video else (B, K, len(labels))
+    shape = (B, len(labels)) if class_scores.ndim == 2 else (B, K, len(labels))
     class_scores = _checked("class_scores", class_scores, shape)
+    class_scores = class_scores if class_scores.ndim == 3 else class_scores[:, None]
     best = np.argsort(-class_scores, axis=-1, kind="stable")[..., :top_k]
     class_scores = np.take_along_axis(class_scores, best, -1)
-    if per_video:
-        best = np.broadcast_to(best[:, None], (B, K, best.shape[1]))
-        class_scores = class_scores[:, None]
+    best = np.broadcast_to(best, (B, K, best.shape[2]))
     fused = scores[:, :, None] * class_scores  # (B, K, top_k)
     emitted = valid[:, :, None] & (class_scores != 0)
     results = {}
