@@ -410,9 +410,8 @@ def load_json(path, what="content"):
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        hint = (
-            "" if str(path).endswith(".json") else "; tools.check_data --json makes it of a table"
-        )
+        table = "; tools.check_data --json makes it of a table"
+        hint = "" if str(path).endswith(".json") else table
         raise InputError(f"{path} cannot be read as JSON: {error}{hint}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected {what} as a JSON object, got {type(content).__name__}")
@@ -449,9 +448,9 @@ def write_atomic(path, write, host=""):
             os.remove(part)
 
 
-def write_json(content, path, indent=None):
-    """Write JSON, which has no NaN; a reader never sees half a file."""
-    text = json.dumps(content, indent=indent, allow_nan=False)
+def write_json(content, path, indent=None, allow_nan=False):
+    """Write JSON, which has no NaN unless Python reads it; a reader never sees half a file."""
+    text = json.dumps(content, indent=indent, allow_nan=allow_nan)
     write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
 
 
