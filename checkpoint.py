@@ -6,6 +6,7 @@ resumed run ends with the weights of an undisturbed one, and a checkpoint needs 
 """
 
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -24,11 +25,13 @@ import torch
 from tqdm import tqdm
 
 import tsm
-from evaluate import load_json, write_atomic
+from evaluate import load_json, write_atomic, write_json
 from media import InputError
 
 # What a file with other contents than expected may raise.
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
+
+save_json = functools.partial(write_json, indent=1, allow_nan=True)  # NaN: unknown durations
 
 
 class RunFolder:
@@ -75,11 +78,6 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
         self._lock.flush()
-
-
-def save_json(obj, path):
-    """Write an object as indented JSON."""
-    write_atomic(path, lambda file: file.write(f"{json.dumps(obj, indent=1)}\n".encode()))
 
 
 def save_weights(model, path, **metadata):
@@ -224,8 +222,8 @@ class Progress:
             from torch.utils.tensorboard import SummaryWriter  # an extra: config.check asks for it
 
             # A killed start may have written more steps than its checkpoint has: they come again.
-            next_step = self.epoch * self.steps + self.step + 1
-            self.writer = SummaryWriter(self.folder, purge_step=next_step)
+            done = self.epoch * self.steps + self.step
+            self.writer = SummaryWriter(self.folder, purge_step=done + 1)
         silent = not (self.ddp.is_main and sys.stderr.isatty())
         where = {"total": self.steps, "initial": self.step, "unit": "step"}
         self.bar = tqdm(desc=self.title, leave=False, disable=silent, **where)
@@ -243,10 +241,9 @@ class Progress:
         if bad:
             fidelity = self.sampler.fidelity(self.epoch, self.step).name
             measures = f"loss {float(loss):g} or gradient norm {float(gradient_norm):g}"
-            raise InputError(
-                f"{self.title}, step {self.step + 1}, {fidelity}: {measures} is not finite\n"
-                f"videos of this process: {', '.join(map(str, names))}; try a smaller lr"
-            )
+            words = f"{self.title}, step {self.step + 1}, {fidelity}: {measures} is not finite"
+            videos = f"videos of this process: {', '.join(map(str, names))}"
+            raise InputError(f"{words}\n{videos}; try a smaller lr")
 
     def end_step(self, losses):
         """Count one step and its losses, {term: number}, and show them; "wait": see `batches`."""
@@ -281,17 +278,14 @@ class Progress:
             write_atomic(f"{self.folder}/metrics.jsonl", lambda file: file.write(lines.encode()))
 
     def _measure(self, fidelity, due=True):
-        """Return the record of the epoch so far, and a line of it; if `due`, for TensorBoard, too.
-
-        data_wait: the share of the time in which processes wait for a batch.
-        """
+        """Return a record of the epoch so far and a line of it; if `due`, for TensorBoard, too."""
         seconds, steps = time.monotonic() - self.epoch_started, self.step - self.first_step
         done = self.epoch * self.steps + self.step
         measures = {"lr": self.optimizer.param_groups[0]["lr"]}
         measures |= {term: total / self.step for term, total in self.sums.items()}
-        videos = steps * self.sampler.batch_size
-        measures |= {"seconds": seconds, "videos_per_sec": videos / seconds}
-        measures["data_wait"] = self.waited / seconds
+        videos_per_sec = steps * self.sampler.batch_size / seconds
+        measures |= {"seconds": seconds, "videos_per_sec": videos_per_sec}
+        measures["data_wait"] = self.waited / seconds  # share of waiting for a batch
         measures["peak_memory_gb"] = peak_memory_gb(self.ddp.device)
         line = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         left = (self.epochs * self.steps - done) * seconds / max(steps, 1)  # at this epoch's pace

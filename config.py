@@ -379,14 +379,11 @@ def _rules_of_heads(cfg):
     for key, head in {"gtad": gtad, "bmn": cfg.bmn}.items():
         whole = [isinstance(width, int) and width > 0 for width in head.map_hidden]
         yield f"{key}.map_hidden", len(whole) == 2 and all(whole), "two whole numbers above 0"
-    for key, groups, width in (
-        ("gtad.gcn_groups", gtad.gcn_groups, "gcn_width"),
-        ("gtad.stem_groups", gtad.stem_groups, "hidden"),
-        ("bmn.groups", cfg.bmn.groups, "hidden"),
-    ):
-        head = key.partition(".")[0]
-        holds = cfg[head][width] % groups == 0
-        yield key, holds, f"a divisor of {head}.{width}, {cfg[head][width]}"
+    divided = {"gtad.gcn_groups": "gcn_width", "gtad.stem_groups": "hidden", "bmn.groups": "hidden"}
+    for key, width in divided.items():
+        head, _, groups = key.partition(".")
+        channels = cfg[head][width]
+        yield key, channels % cfg[head][groups] == 0, f"a divisor of {head}.{width}, {channels}"
 
 
 def _check_files(cfg, values, todo):
@@ -397,10 +394,13 @@ def _check_files(cfg, values, todo):
     if cfg.detect.class_scores == "ground_truth":
         needs = "detect.class_scores is ground_truth"
     data.check_segments(subsets, train=train, val=val, needs=needs)
-    kind = "frames" if reads_frames(cfg, todo) else "features"
-    if kind == "frames" or (cfg.data.features and {"sola", "head"} & todo):
-        for split in ("train", "val"):
-            load_videos(cfg, split, cfg.data[kind], kind, log=lambda message: None)
+    needed = {"frames": reads_frames(cfg, todo)}
+    needed["features"] = cfg.data.features and {"sola", "head"} & todo
+    for kind in filter(needed.get, needed):
+        source, silent = cfg.data[kind], lambda message: None
+        train_videos, _ = [load_videos(cfg, s, source, kind, silent) for s in ("train", "val")]
+        if kind == "features" and "head" in todo:
+            head_options(cfg, data.FeatureDataset(train_videos, source).channels)
     seconds_of_features(cfg.data.features or ())  # detect counts them: their features.json is read
     # A finished encoder is read by the first stage that has to do with one.
     first = next((s for s in ("pretrain", "lofi", "features") if s in cfg.stages), None)
@@ -440,8 +440,13 @@ def ground_truth(cfg, videos=()):
 
 
 def head_options(cfg, channels):
-    """Return the arguments of Localizer but for its classes and encoder."""
+    """Return the arguments of Localizer but for its classes and encoder; InputError if the first
+    convolution of its head cannot divide features of so many channels."""
     sizes = {"head": cfg.tal_head, "sizes": cfg[cfg.tal_head], "channels": channels}
+    key = {"gtad": "stem_groups", "bmn": "groups"}[cfg.tal_head]
+    if channels % sizes["sizes"][key]:
+        words = f"config key {cfg.tal_head}.{key} is {sizes['sizes'][key]}"
+        raise InputError(f"{words}, expected a divisor of {channels}, the features' channels")
     return sizes | {"per_segment": cfg.classifier if cfg.classes == "segment" else None}
 
 
@@ -607,8 +612,7 @@ def check_inputs(cfg, run, pending, log):
 def is_begun(folder):
     """Return whether a run's or a stage's folder has more than a start from which nothing came."""
     ours = ("config.json", "versions.json", "inputs.json", "lock", "events.out.tfevents.")
-    names = itertools.chain(*(names for _, _, names in os.walk(folder)))
-    return not all(name.startswith(ours) for name in names)
+    return any(not name.startswith(ours) for _, _, names in os.walk(folder) for name in names)
 
 
 def open_run(cfg, ddp, pending=tuple(STAGES)):

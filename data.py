@@ -952,7 +952,7 @@ class BatchLoader(DataLoader):
             atexit.register(stop_workers)
         try:
             yield from batches
-        except InputError as error:
+        except media.InputError as error:
             # Without the worker's traceback, which torch puts before.
             raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
         except RuntimeError as error:

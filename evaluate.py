@@ -510,9 +510,9 @@ def write_atomic(path, write, host=""):
             os.remove(part)
 
 
-def write_json(content, path, indent=None):
-    """Write JSON, which has no NaN; a reader never sees half a file."""
-    text = json.dumps(content, indent=indent, allow_nan=False)
+def write_json(content, path, indent=None, allow_nan=False):
+    """Write JSON, which has no NaN unless Python reads it; a reader never sees half a file."""
+    text = json.dumps(content, indent=indent, allow_nan=allow_nan)
     write_atomic(path, lambda file: file.write(f"{text}\n".encode()))
 
 

@@ -33,7 +33,6 @@ from media import InputError
 from video_encoders import VideoEncoder
 
 HEADS = {"gtad": gtad.GTAD, "bmn": bmn.BMN}
-GROUPS = {"gtad": "stem_groups", "bmn": "groups"}  # of the convolution that sees the features
 
 
 def build_encoder(name="tsm", *, weights="random", compile=False, **sizes):
@@ -229,11 +228,7 @@ class Localizer(nn.Module):
         super().__init__()
         self.per_segment = per_segment is not None
         self.encoder = encoder
-        try:
-            self.head = HEADS[head](in_channels=channels, **sizes)
-        except ValueError as error:
-            words = f"{head} does not fit features of {channels} channels: {error}"
-            raise InputError(f"{words}; set {head}.{GROUPS[head]} to a divisor of that") from None
+        self.head = HEADS[head](in_channels=channels, **sizes)
         self.classes = list(classes)
         self.classifier = None
         if classes:

@@ -261,7 +261,7 @@ def test_every_key_is_read_by_something():
         "gtad.longest=0",
         "detect.top_k=0",
         "detect.decay=soft",
-        "detect.threshold=50",
+        "detect.decay_above=[50, 50]",
         "detect.voting=75",
         "detect.min_score=-1",
         "detect.tiou_thresholds=[]",
@@ -296,6 +296,14 @@ def test_messages_tell_what_to_do():
 def test_a_gpu_that_is_not_there():
     with pytest.raises(InputError, match="torch finds no GPU"):
         config.check(toy("device=cuda"))
+
+
+def test_channels_that_do_not_divide_are_named():
+    for head, groups in {"gtad": "stem_groups", "bmn": "groups"}.items():
+        key = f"{head}.{groups}"
+        with pytest.raises(InputError, match=rf"{key} is \d, expected a divisor of 11, "):
+            config.head_options(toy(f"tal_head={head}"), 11)
+        assert config.head_options(toy(f"tal_head={head}", f"{key}=1"), 11)["channels"] == 11
 
 
 def test_tensorboard_that_is_not_there_is_missed_at_the_start(monkeypatch):
@@ -458,7 +466,7 @@ def test_what_the_last_stage_reads_is_read_before_the_first(tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps({"database": database}))
     (tmp_path / "scores.json").write_text("{nope")
     for name in "ab":
-        np.save(tmp_path / f"{name}.npy", np.ones((9, 10), np.float32))
+        np.save(tmp_path / f"{name}.npy", np.ones((9, 12), np.float32))
     sources = [f"data.annotations={tmp_path}/annotations.json", f"data.features={tmp_path}"]
     cfg = toy(*sources, "stages=[head, detect]", f"out={tmp_path}/run", "data.windows=false")
     assert config.check(cfg) == ["head", "detect"]

@@ -381,11 +381,6 @@ def test_a_foreign_head_is_named(change, tmp_path):
         Localizer.load(path, "bmn", sizes, 4)
 
 
-def test_channels_that_do_not_divide_are_named():
-    with pytest.raises(InputError, match=r"11 channels.*set gtad\.stem_groups"):
-        Localizer("gtad", {}, 11)
-
-
 def test_only_the_main_process_logs(capsys):
     for rank in (0, 1):
         Distributed(rank, 2, CPU).log("loss 0.5")

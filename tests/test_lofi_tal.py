@@ -487,6 +487,15 @@ def test_head_and_detect_read_what_sola_wrote(sola_run, files, tmp_path):
     assert load_json(f"{sola_run}/result.json") != load_json(tmp_path / "raw/result.json")
 
 
+def test_a_head_that_does_not_fit_is_refused_before_sola_is_trained(files, tmp_path):
+    for head, key in {"gtad": "gtad.stem_groups", "bmn": "bmn.groups"}.items():
+        message = error_of(sola_arguments(files, tmp_path / "x", f"tal_head={head}", f"{key}=2"))
+        assert f"{key} is 2, expected a divisor of 5" in message
+    assert not os.path.exists(tmp_path / "x")
+    argv = sola_arguments(files, tmp_path / "x", "gtad.stem_groups=2", "stages=[sola]")
+    assert config.check(config.from_command_line("", argv)) == ["sola"]  # has no head
+
+
 def test_an_interrupted_stage_sola_resumes(sola_run, files, tmp_path, capsys, monkeypatch):
     calls = []
 

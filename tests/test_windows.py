@@ -158,8 +158,8 @@ def test_proposals_of_all_windows_become_those_of_the_video():
 def test_soft_nms_of_each_window_and_of_all():
     """One proposal a window, then two a window of which the second is decayed twice."""
     model = Recorded([[0.5, 1.0], [0.0, 0.5]], [0.9, 0.8], [[0.0], [0.0]])
-    options = {"sigma": 0.5, "top_k": 3, "classes_per_video": 1, "confidence_power": 1.0}
-    options |= {"decay_above": [0.0, 0.0], "window_nms": True}
+    options = {"sigma": 0.5, "top_k": 3, "classes_per_video": 1, "window_nms": True}
+    options = config.load_config("configs/default.yaml").detect | options
     model.classes, x = ["jump"], torch.arange(0.0, 6.0)[None, None]
     found, _ = predict(model, x, ["v"], [6.0], options, window=4)
     assert [pytest.approx(d["segment"]) for d in found["v"]] == [[2.0, 4.0], [2.0, 4.0]]

@@ -97,7 +97,7 @@ def inspect_media(path):
             # Without the frames that a truncated file lacks.
             count = (source.index(np.arange(count)) >= 0).sum()
         source.read(np.linspace(0, count - 1, 11).round().astype(int))
-    except InputError as error:
+    except media.InputError as error:
         return None, str(error), None
     return source.duration, source.note, getattr(source, "prepared", None)
 
@@ -178,7 +178,7 @@ class SubsetCheck:
                     data.check_finite(x, paths[name])
                     row = name, paths[name], x.shape[1]
                     self.channels[source].append(row)
-                except InputError as error:
+                except media.InputError as error:
                     self.usable["features"].discard(name)
                     self.add(name, "features cannot be read", str(error))
 
