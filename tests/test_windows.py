@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_data import make_video, write_annotations, write_zip
 
+import config
 import data
 import evaluate
 import lofi_tal
