@@ -357,7 +357,8 @@ def _rules(cfg, pending):
         inside = [0 <= number <= 1 for number in cfg[block][name]]
         yield key, len(inside) == 2 and all(inside), "two numbers in [0, 1]"
     if isinstance(rates := cfg.head.lr, list):
-        holds = rates and all(0 < lr < math.inf for lr in rates) and "detect" in cfg.stages
+        holds = rates and all(0 < lr < math.inf for lr in rates)
+        holds = holds and ("head" not in cfg.stages or "detect" in cfg.stages)
         yield "head.lr", holds, "numbers above 0, with stage detect to compare them"
     possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
     yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"

@@ -158,6 +158,20 @@ def test_the_papers_recipe(path):
     assert (cfg.encoder.name, cfg.encoder.depth, cfg.encoder.width) == ("tsm", 18, 64)
     assert cfg.detect.sigma == 0.84 and cfg.detect.top_k == 100
     assert cfg.detect.classes_per_video == (1 if "hacs" in path else 2)
+    assert cfg.head.lr == [0.0002, 0.0005, 0.001, 0.002, 0.005]
+    assert cfg.head.batch_size == (32 if "hacs" in path else 16)
+
+
+def test_recipes_of_other_heads_and_data():
+    bmn = load_config("configs/anet13_bmn.yaml")
+    assert (bmn.tal_head, bmn.detect.sigma, bmn.detect.decay_above) == ("bmn", 0.4, [0.5, 0.9])
+    assert (bmn.head.epochs, bmn.head.lr, bmn.head.lr_step_epochs) == (9, 1e-3, 7)
+    thumos = load_config("configs/thumos14.yaml")
+    head = {"lr": 4e-5, "batch_size": 8, "clip_grad_norm": 1.0, "epochs": 10, "optimizer": "adam"}
+    assert head.items() <= thumos.head.items() and thumos.loss.regression == 10
+    sizes = {"durations": 64, "kernel": 3, "bin_width": 1.0, "every_pair": True, "longest": 59}
+    assert sizes.items() <= thumos.gtad.items() and thumos.data.window_overlap == [0.9, 0.0]
+    assert thumos.detect.window_nms and (thumos.detect.sigma, thumos.detect.top_k) == (0.46, 200)
 
 
 def test_sola_is_the_published_setting_where_it_says_so():

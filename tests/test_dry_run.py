@@ -1,6 +1,7 @@
 """tools/dry_run.py: every config builds and trains a step without any data."""
 
 import glob
+import re
 
 import pytest
 import torch
@@ -38,6 +39,27 @@ def test_every_config(path, capsys):
     assert all(
         "M parameters" in x and "GB" in x and " s, " in x for x in lines if starts != ["stages"]
     )
+
+
+with open("docs/paper.md", encoding="utf-8") as file:
+    ROWS = re.findall(r"^python lofi_tal.py --cfg (\S+)(?: --set (.*))?$", file.read(), re.M)
+
+
+@pytest.mark.parametrize(("path", "words"), ROWS)
+def test_every_row_of_the_papers_tables(path, words, capsys):
+    cfg = config.load_config(path, words.split())
+    tiny = "fidelities={S: [4, 16], T: [2, 32], ST: [3, 23]}"
+    tiny = [*SMALL, "encoder.width=2", "video.snippets=4", tiny]
+    lines = lines_of(capsys, path, *words.split(), *tiny)
+    assert lines and all("loss" in line for line in lines) == (cfg.stages[0] != "head")
+
+
+def test_rows_of_the_papers_tables_differ_and_are_all_there():
+    runs = [config.load_config(path, words.split()) for path, words in ROWS]
+    assert len({cfg.out for cfg in runs}) == len(runs) == 19
+    assert [cfg.out for cfg in runs if cfg.lofi.cycle == "batch"] == ["runs/anet13/short"]
+    assert {cfg.encoder.depth for cfg in runs} == {18, 34, 50}
+    assert sum(cfg.encoder.name == "r2plus1d_18" for cfg in runs) == 2
 
 
 def test_shapes_of_the_papers_config_without_a_file_written(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """README.md and docs/ tell what is so: snippets run, examples are read, links lead somewhere."""
 
+import importlib
 import json
 import os
 import re
@@ -282,6 +283,26 @@ def test_config_keys_that_a_page_sets_exist(page):
     known = {*keys, *(key.rpartition(".")[0] for key in keys)}
     in_code = {"sola.py", "pretrain.py", "data.CyclicFidelitySampler"}
     assert named - in_code <= known
+
+
+def test_what_the_papers_table_names_is_there():
+    with open("docs/paper.md", encoding="utf-8") as file:
+        words = re.findall(r"`([^`]+)`", file.read().partition("## Rows")[0])
+    keys = config.flatten(config.load_config("configs/default.yaml"))
+    modules = {path.removesuffix(".py") for path in os.listdir() if path.endswith(".py")}
+    count = 0
+    for word in words:
+        module, _, names = word.partition(".")
+        is_code = module in modules and re.fullmatch(r"\w+(\.\w+)?", names)
+        if is_code and names != "py" and word not in keys:
+            found = importlib.import_module(module)
+            for name in names.split("."):
+                found = getattr(found, name)
+            count += 1
+        for key in re.findall(r"\b([a-z]+\.[a-z_]+)(?=[=:] ?\S)", word):
+            assert key in keys or key in {"fidelities.S"}, key
+            count += 1
+    assert count > 60
 
 
 def test_every_key_of_the_default_config_is_explained():
