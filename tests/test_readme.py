@@ -1,5 +1,6 @@
 """README.md and docs/ tell what is so: snippets run, examples are read, links lead somewhere."""
 
+import importlib
 import json
 import os
 import re
@@ -243,13 +244,14 @@ def commands(page):
     """Return the words after `python` of commands, in blocks of code and in sentences."""
     inline = re.findall(r"`((?:python|torchrun) [^`]*)`", prose(PAGES[page]))
     lines = [*"".join(code for _, _, code in FENCE.findall(PAGES[page])).splitlines(), *inline]
-    found = [
-        shlex.split(line, comments=True) for line in lines if re.match("python |torchrun", line)
-    ]
-    return [
-        words[words.index("lofi_tal.py") :] if "lofi_tal.py" in words else words[1:]
-        for words in found
-    ]
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True) if re.match("python |torchrun ", line) else []
+        if "lofi_tal.py" in words:
+            found.append(words[words.index("lofi_tal.py") :])
+        elif words and words[0] == "python":
+            found.append(words[1:])
+    return found
 
 
 @pages
@@ -280,7 +282,8 @@ def test_config_keys_that_a_page_sets_exist(page):
     pattern = rf"(?<![\w/])((?:{'|'.join(blocks)})\.[a-z_]+(?:\.[a-z_]+)?)(?=[=:`])"
     named = {key for key in re.findall(pattern, PAGES[page]) if not key.endswith(NO_KEYS)}
     known = {*keys, *(key.rpartition(".")[0] for key in keys)}
-    in_code = {"sola.py", "pretrain.py", "data.CyclicFidelitySampler"}
+    modules = [path.stem for path in ROOT.glob("*.py") if path.stem in blocks]
+    in_code = {f"{m}.{name}" for m in modules for name in dir(importlib.import_module(m))}
     assert named - in_code <= known
 
 
