@@ -181,6 +181,9 @@ def test_a_table_is_converted_with_the_durations_of_the_media(messy, tmp_path, c
     }
     with pytest.raises(SystemExit, match=r"new\.json already exists"):
         main([*table, "--json", f"{tmp_path}/new.json"])
+    (tmp_path / "t.csv").write_text("video,start,end,label\nv,1,2,x\nw,7,60,x\n")
+    assert main(table) == 0
+    assert "segment outside the video" in capsys.readouterr().out
     words = [f"data.annotations={tmp_path}/t.csv", f"data.frames={messy.frames}"]
     words += ["data.train_subset=fit", "data.val_subset=test", "stages=[lofi]"]
     assert main(["--cfg", "configs/toy.yaml", "--set", *words]) == 0

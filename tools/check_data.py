@@ -121,14 +121,15 @@ class SubsetCheck:
 
     def check(self, workers, log):
         """Look at segments, frames, features and durations; log a summary."""
-        for video in self.videos:
-            for row, problem in segment_problems(video):
-                segment = f"{video.segments[row].tolist()} {video.labels[row]}"
-                self.add(video.name, problem, f"{segment}, duration {video.duration}")
         known = {"durations": self.sources.durations, "features": self.sources.features}
         self.videos = data.fill_durations(self.videos, **known)
         if self.sources.frames:
             self.check_frames(workers, log)
+        # Now durations are known from wherever they are.
+        for video in self.videos:
+            for row, problem in segment_problems(video):
+                segment = f"{video.segments[row].tolist()} {video.labels[row]}"
+                self.add(video.name, problem, f"{segment}, duration {video.duration}")
         self.check_features()
         self.check_what_is_missing()
         hours = sum(v.duration for v in self.videos if not math.isnan(v.duration)) / 3600
