@@ -87,9 +87,11 @@ def one_line_errors(program):
     except INPUT_ERRORS as error:
         sys.exit(f"{program}: {error!s:.3000}")
     except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        if type(error).__name__ in ("DistNetworkError", "DistStoreError"):
+            sys.exit(f"{program}: no other process answers, did torchrun end? ({first_line:.300})")
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        first_line = str(error).partition("\n")[0]
         sys.exit(f"{program}: out of memory: {first_line}\n{OUT_OF_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; rerun the same command to resume")

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 
@@ -120,7 +121,11 @@ def fresh_group(timeout_sec=600):
     if sys.platform == "linux":
         # End with torchrun, should that alone be killed: 1 is PR_SET_PDEATHSIG.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    # Killed before that line, it took along its store, which is there before its processes are.
+    most = 30 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else timeout_sec
+    reach = timedelta(seconds=min(timeout_sec, most))  # torch tries twice
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=reach))
+    store.set_timeout(timedelta(seconds=timeout_sec))
     word = uuid.uuid4().hex
     missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_sec
     if rank:

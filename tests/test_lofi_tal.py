@@ -759,6 +759,46 @@ def test_ranks_end_with_their_launcher(toy, tmp_path, from_acp):
     RunFolder(tmp_path / "run").lock()
 
 
+LATE_ORPHAN = """
+import functools, os, sys, time
+
+parent = os.getppid()
+open(sys.argv[1], "w").close()
+while os.getppid() == parent:
+    time.sleep(0.01)
+sys.path.insert(0, os.getcwd())
+import lofi_tal
+import localizer
+
+localizer.fresh_group = functools.partial(localizer.fresh_group, 0.5)
+lofi_tal.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_rank_whose_launcher_ended_before_its_first_line_does_not_wait(toy, tmp_path):
+    (tmp_path / "late.py").write_text(LATE_ORPHAN)
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=1", tmp_path / "late.py"]
+    read, write = os.pipe()
+    command += [tmp_path / "there", *arguments(toy, tmp_path / "run")]
+    agent = Process(*command, stdout=write, stderr=write)
+    os.close(write)
+    wait_for(tmp_path / "there", agent)
+    agent.kill()
+    with open(read) as log:
+        assert "no other process answers, did torchrun end?" in log.read().splitlines()[-1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_the_others_does_not_wait_for_ever(rank):
+    code = "import config, localizer\nwith config.one_line_errors('x'): localizer.fresh_group(1)"
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    process = Process("-c", code, env={**ENV, **group, "RANK": str(rank)})
+    _, errors = process.communicate(60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("x: no other process answers, did torchrun end?")
+
+
 def test_kill_9_in_an_epoch_and_while_a_checkpoint_is_written_lose_nothing(
     whole, toy, tmp_path, from_acp
 ):
