@@ -116,9 +116,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        repeated = [str(key) for key in keys if keys.count(key) > 1]
-        if repeated:
-            raise yaml.YAMLError(f"duplicate key {repeated[0]}{node.start_mark}")
+        key = next((key for key, _ in node.value[::-1] if keys.count(key.value) > 1), None)
+        if key:
+            raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value}", key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -130,7 +130,9 @@ def _parse_yaml(text, source, most=10_000):
     try:
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, *data.MALFORMED) as error:  # `!!bool x` is a KeyError
-        raise InputError(f"{source} is not valid YAML: {str(error)[:500]}") from None
+        mark, reason = getattr(error, "problem_mark", None), " ".join(str(error).split())
+        reason = f"{error.problem}, line {mark.line + 1}" if mark else reason
+        raise InputError(f"{source} is not valid YAML: {reason:.300}") from None
     # A few lines with anchors may stand for billions of values.
     open_nodes, count = [content], 0
     while open_nodes and count < most:
