@@ -132,8 +132,7 @@ def fresh_group(timeout_sec=600):
         store.set(f"asks/{rank}", word)
         word = store.get(f"answer/{word}").decode()
         store.set(f"heard/{word}/{rank}", "")
-        missing = set()
-    while missing:
+    while missing and not rank:
         for other in sorted(missing):
             if store.check([f"asks/{other}"]):  # perhaps a dead one's: then it is asked anew
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", word)
@@ -469,8 +468,8 @@ def write_features(datasets, encode, folder, workers, ddp):
             x = encode(batch.get("frames", batch.get("features")))
             parts.append(x[0].t().cpu())
             if not parts[-1].isfinite().all():
-                name = batch["name"][0]
-                raise InputError(f"the encoder gives NaN or infinite features for video {name}")
+                words = f"{folder}: NaN or infinite features for video {batch['name'][0]}: remove"
+                raise InputError(f"{words} the weights that give them, train with a smaller lr")
             if batch.get("last", True):
                 save = partial(np.save, arr=torch.cat(parts).numpy(), allow_pickle=False)
                 checkpoint.write_atomic(f"{folder}/{batch['name'][0]}.npy", save)

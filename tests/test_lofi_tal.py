@@ -14,6 +14,7 @@ import pytest
 import torch
 from processes import ENV, TORCHRUN, WARM_TORCHRUN, Process, free_port, start_ranks
 
+import checkpoint
 import config
 import data
 import gtad
@@ -143,6 +144,19 @@ def test_a_run_leaves_everything_that_a_number_needs(whole):
     assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # frozen
 
 
+def test_what_a_killed_run_was_writing_is_removed(whole, sola_run, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name, run in {"whole": whole, "sola": sola_run}.items():
+        shutil.copytree(run, tmp_path / name)
+        for path in [path for path in (tmp_path / name).rglob("*") if path.is_file()]:
+            path.rename(f"{path}.part-{dead.pid}")
+        checkpoint.remove_stale_parts(tmp_path / name)
+        left = {path.name for path in (tmp_path / name).rglob("*") if path.is_file()}
+        renamed = {"lock", "checkpoint.pt.previous"}  # never written under these names
+        assert left == {f"{name}.part-{dead.pid}" for name in renamed}
+
+
 def test_training_goes_on_when_nobody_reads_its_log(whole, toy, tmp_path):
     """As `| head -1`, or a terminal that was closed."""
     command = [sys.executable, "lofi_tal.py", *arguments(toy, tmp_path / "run")]
@@ -222,7 +236,7 @@ def test_features_of_a_broken_encoder_are_refused(whole, toy, tmp_path):
     torch.save(broken, tmp_path / "encoder.pt")
     start = [f"pretrain.pretrained={tmp_path}/encoder.pt", "stages=[features]"]
     message = error_of(arguments(toy, tmp_path / "run", *start))
-    assert "NaN or infinite features for video" in message
+    assert "NaN or infinite features for video toy_00000: remove the weights" in message
     assert not glob.glob(f"{tmp_path}/run/features/*.npy")
 
 
@@ -890,11 +904,13 @@ def test_out_of_memory_says_what_to_change(toy, tmp_path, monkeypatch, error):
 
 
 def test_bad_input_is_one_clear_error(whole, toy, tmp_path):
+    (tmp_path / "none.json").write_text('{"results": {}}')
     argv = arguments(toy, tmp_path / "x")
     cases = {
         "data.annotations=none.json": "python -m tools.make_toy",  # no data yet
         "lofi.epoch=1": "did you mean lofi.epochs",
         "pretrain.method=acpp": "pretrain.method is 'acpp', expected",
+        f"detect.class_scores={tmp_path}/none.json": "no class scores for 8 videos",
         "detect.class_scores=cuhk.json": "no file cuhk.json (config key detect.class_scores)",
         "pretrain.pretrained=none.pt": "no file none.pt (config key pretrain.pretrained)",
         "stages=[features]": "needs an encoder",
