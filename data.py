@@ -672,7 +672,7 @@ def _read_hdf5(path, values):
         node = file[path[len(file_path) + 1 :] or "/"]
         for depth in range(8):  # a group may hold itself
             if hasattr(node, "keys") and (len(node) != 1 or depth == 7):
-                raise ValueError(f"{len(node)} entries in groups, {depth} deep, not one array")
+                raise ValueError(f"a group of {len(node)} within {depth} groups, not an array")
             node = node[next(iter(node))] if hasattr(node, "keys") else node
         if not node.is_virtual and node.nbytes > MAX_RATIO * node.id.get_storage_size():
             raise ValueError(f"an array of shape {node.shape} with little in it")

@@ -468,8 +468,8 @@ def write_features(datasets, encode, folder, workers, ddp):
             x = encode(batch.get("frames", batch.get("features")))
             parts.append(x[0].t().cpu())
             if not parts[-1].isfinite().all():
-                words = f"{folder}: NaN or infinite features for video {batch['name'][0]}: remove"
-                raise InputError(f"{words} the weights that give them, train with a smaller lr")
+                words = f"{folder}: NaN or infinite features for video {batch['name'][0]}"
+                raise InputError(f"{words}: remove the encoder.pt or sola.pt, use a smaller lr")
             if batch.get("last", True):
                 save = partial(np.save, arr=torch.cat(parts).numpy(), allow_pickle=False)
                 checkpoint.write_atomic(f"{folder}/{batch['name'][0]}.npy", save)

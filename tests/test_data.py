@@ -806,9 +806,9 @@ def test_odd_feature_files_are_named(tmp_path, monkeypatch):
         r"line\.npy": r"shape \(5,\)",
         r"whole\.npy": "int64; expected floating-point features",
         r"none\.npy": r"shape \(0, 2\)",
-        r"two\.h5": "2 entries in groups, 0 deep, not one array",
-        r"soft\.h5": "1 entries in groups, 7 deep, not one array",
-        r"hard\.h5": "1 entries in groups, 7 deep, not one array",
+        r"two\.h5": "a group of 2 within 0 groups, not an array",
+        r"soft\.h5": "a group of 1 within 7 groups, not an array",
+        r"hard\.h5": "a group of 1 within 7 groups, not an array",
         r"torn\.h5": "not a valid HDF5 file",
     }
     for name, message in messages.items():

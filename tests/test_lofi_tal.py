@@ -236,7 +236,7 @@ def test_features_of_a_broken_encoder_are_refused(whole, toy, tmp_path):
     torch.save(broken, tmp_path / "encoder.pt")
     start = [f"pretrain.pretrained={tmp_path}/encoder.pt", "stages=[features]"]
     message = error_of(arguments(toy, tmp_path / "run", *start))
-    assert "NaN or infinite features for video toy_00000: remove the weights" in message
+    assert "NaN or infinite features for video toy_00000: remove the encoder" in message
     assert not glob.glob(f"{tmp_path}/run/features/*.npy")
 
 
