@@ -109,11 +109,13 @@ def seconds_of(path):
 def remove_stale_parts(folder, host=""):
     """Remove what killed processes of this program were writing in this folder of ours: files of a
     run, or with `host`, as in write_atomic, frame ZIPs that this machine prepared."""
-    kinds = "zip" if host else "json|jsonl|npy|npz|pt"
-    name = re.compile(rf".+\.({kinds})\.part-{re.escape(host)}(\d+)")
+    words = "accuracy|annotations|checkpoint|config|encoder|features|head|inputs|metrics|proposals"
+    words = rf"(.+/)?({words}|result|search|seconds|sola|versions)\.(jsonl?|pt)"
+    kinds = r"[^/]+\.zip" if host else rf"{words}|(sola/)?features/.+\.npy"
+    name = re.compile(rf"({kinds})\.part-{re.escape(host)}(?P<pid>\d+)")
     for part in list(pathlib.Path(folder).rglob("*.part-*")):
-        ours = name.fullmatch(part.name)
-        if ours and not is_alive(int(ours[2])):
+        ours = name.fullmatch(part.relative_to(folder).as_posix())
+        if ours and not is_alive(int(ours["pid"])):
             part.unlink()
 
 
@@ -135,8 +137,8 @@ def load_checkpoint(path, log=print):
     for candidate in candidates:
         try:
             return tsm.load_state(candidate)
-        except tsm.InputError as error:
-            log(f"checkpoint {error}; trying the one before it")
+        except tsm.InputError:
+            log(f"checkpoint {candidate} cannot be read; trying the one before it")
     if candidates:
         raise InputError(f"no checkpoint {path} can be read: remove it to start this stage again")
 
@@ -196,8 +198,8 @@ class Progress:
             self.history = [*json.loads(json.dumps(saved["history"]))]  # else no JSON: TypeError
             self.started -= saved["seconds"]
         except DAMAGE as error:
-            words = f"{self.path} is not a checkpoint of this training ({str(error)[:200]})"
-            raise InputError(f"{words}; remove it to start this stage again") from None
+            words = f"is not a checkpoint of this training ({' '.join(str(error).split())[:200]})"
+            raise InputError(f"{self.path} {words}; remove it to start this stage again") from None
         self._write_history()  # a kill may have come between the checkpoint and this
         self.ddp.log(f"{self.folder}: resuming at epoch {self.epoch + 1}, step {self.step + 1}")
 

@@ -87,9 +87,11 @@ def one_line_errors(program):
     except INPUT_ERRORS as error:
         sys.exit(f"{program}: {error!s:.3000}")
     except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        if type(error).__name__ in ("DistNetworkError", "DistStoreError"):
+            sys.exit(f"{program}: no other process answers, did torchrun end? ({first_line:.300})")
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        first_line = str(error).partition("\n")[0]
         sys.exit(f"{program}: out of memory: {first_line}\n{OUT_OF_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; rerun the same command to resume")
@@ -114,9 +116,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        repeated = [str(key) for key in keys if keys.count(key) > 1]
-        if repeated:
-            raise yaml.YAMLError(f"duplicate key {repeated[0]}{node.start_mark}")
+        key = next((key for key, _ in node.value[::-1] if keys.count(key.value) > 1), None)
+        if key:
+            raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value}", key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -128,7 +130,9 @@ def _parse_yaml(text, source, most=10_000):
     try:
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, *data.MALFORMED) as error:  # `!!bool x` is a KeyError
-        raise InputError(f"{source} is not valid YAML: {str(error)[:500]}") from None
+        mark, reason = getattr(error, "problem_mark", None), " ".join(str(error).split())
+        reason = f"{error.problem}, line {mark.line + 1}" if mark else reason
+        raise InputError(f"{source} is not valid YAML: {reason:.300}") from None
     # A few lines with anchors may stand for billions of values.
     open_nodes, count = [content], 0
     while open_nodes and count < most:

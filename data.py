@@ -391,6 +391,9 @@ def select_videos(
         told = _media_duration(path) or seconds
         if not 0.9 < seconds / told < 1.1:
             log(f"{subset}: {path} has {told:g} s, {seconds:g} s are given: milliseconds?")
+    others = {v.name for other in subsets if other != subset for v in subsets[other]}
+    if twice := [v.name for v in videos if not others.isdisjoint(media.spellings(v.name))]:
+        log(f"{subset}: {first_names(twice)} also in another subset, with v_ or without")
     _log_unused_segments(subset, videos, log)
     return videos
 
@@ -400,8 +403,7 @@ def _log_unused_segments(subset, videos, log):
     if ambiguous := sum(is_ambiguous(label) for video in videos for label in video.labels):
         log(f"{subset}: {ambiguous} of {total} segments are labelled Ambiguous, and are no actions")
     if lost := total - sum(len(video.annotated[1]) for video in videos):
-        why = "cannot be used; `python -m tools.check_data` lists all problems"
-        log(f"{subset}: {lost} of {total} segments {why}")
+        log(f"{subset}: {lost} of {total} segments cannot be used, see python -m tools.check_data")
 
 
 def fill_durations(videos, durations=None, features=(), paths=()):
@@ -415,8 +417,7 @@ def fill_durations(videos, durations=None, features=(), paths=()):
         known = _read_json(durations, "{VIDEO: seconds}", _parse_durations)
     names = [video.name for video in videos if math.isnan(video.duration)]
     known = media.look_up(names, known)
-    unknown = [name for name in paths if name in names and name not in known]
-    known |= {name: _media_duration(paths[name]) for name in unknown}
+    known |= {n: _media_duration(paths[n]) for n in names if n in paths and n not in known}
     return [replace(v, duration=float(known.get(v.name) or v.duration)) for v in videos]
 
 
@@ -669,9 +670,9 @@ def _read_hdf5(path, values):
     file_path = feature_file(path)
     with _open_hdf5(file_path) as file:
         node = file[path[len(file_path) + 1 :] or "/"]
-        for _ in range(8):  # a group may hold itself
-            if hasattr(node, "keys") and len(node) != 1:
-                raise ValueError(f"{len(node)} entries instead of one array")
+        for depth in range(8):  # a group may hold itself
+            if hasattr(node, "keys") and (len(node) != 1 or depth == 7):
+                raise ValueError(f"a group of {len(node)} within {depth} groups, not an array")
             node = node[next(iter(node))] if hasattr(node, "keys") else node
         if not node.is_virtual and node.nbytes > MAX_RATIO * node.id.get_storage_size():
             raise ValueError(f"an array of shape {node.shape} with little in it")
@@ -705,7 +706,7 @@ def check_finite(x, path, dtype=None):
     with np.errstate(over="ignore"):
         finite = np.isfinite(x.astype(np.float32, copy=False)).all()
     if not finite:
-        raise InputError(f"{path} has NaN or infinite values: extract this video again")
+        raise InputError(f"{path} has NaN or infinite values: remove it, make it again")
     return x
 
 

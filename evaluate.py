@@ -178,7 +178,7 @@ def load_class_scores(
     [n names]} (CUHK's file); {video: [{"label", "score"}, ...]}; with ground_truth, annotations: 1
     for the classes of `subset` that occur in the video (an analysis: say so in `class_source`).
     Names with and without the prefix "v_" are the same video; videos without scores get zeros (no
-    detections), with one warning. Raises InputError, also for scores below 0.
+    detections), with one warning. Raises InputError, also for scores below 0, or of no video.
     """
     data, name = _load(source, "class scores")
     if not ground_truth and isinstance(data.get("results"), dict) and "class" in data:
@@ -204,13 +204,14 @@ def load_class_scores(
     missing = [video for video, key in zip(videos, found, strict=True) if key is None]
     if missing:
         note = f"{name}: no class scores for {_count(missing, 'video')} of {len(videos)}"
+        if len(missing) == len(videos):
+            raise InputError(f"{note}: its names are {[*table][:3]!s:.80}")
         warnings.warn(f"{note}: no detections there", stacklevel=2)
     rows = [[0] * len(labels) if key is None else table[key] for key in found]
     places = [f"{name}: video {key!r}" for key in found]
     scores = _numbers(rows, (len(labels),), places.__getitem__, "class scores").astype(np.float64)
     if (scores < 0).any():
-        found = f"class scores below 0 ({scores.min():g})"
-        raise InputError(f"{name}: {found}; give probabilities, not logits")
+        raise InputError(f"{name}: class scores below 0 ({scores.min():g}), give probabilities")
     return scores, labels
 
 
@@ -405,12 +406,12 @@ def _read_ground_truth(data, name, subset, notes):
     truth.ambiguous = ambiguous
     if not len(truth.video):
         raise InputError(f"{name}: no annotation in the {len(chosen)} videos of subset {subset!r}")
-    durations = [info.get("duration") for info in chosen.values()]
+    durations = [info.get("duration") for info in database.values()]
     # None and NaN: unknown.
     durations = [0 if sec is None or sec != sec else sec for sec in durations]
-    places = [f"{name}: video {video!r}" for video in chosen]
+    places = [f"{name}: video {video!r}" for video in database]
     durations = _numbers(durations, (), places.__getitem__, "duration")
-    truth.durations = np.where(durations > 0, durations, np.nan)
+    truth.durations = np.where(durations > 0, durations, np.nan)[[v in chosen for v in database]]
     return truth
 
 

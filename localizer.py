@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 
@@ -120,15 +121,18 @@ def fresh_group(timeout_sec=600):
     if sys.platform == "linux":
         # End with torchrun, should that alone be killed: 1 is PR_SET_PDEATHSIG.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    # Killed before that line, it took along its store, which is there before its processes are.
+    most = 30 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else timeout_sec
+    reach = timedelta(seconds=min(timeout_sec, most))  # torch tries twice
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=reach))
+    store.set_timeout(timedelta(seconds=timeout_sec))
     word = uuid.uuid4().hex
     missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_sec
     if rank:
         store.set(f"asks/{rank}", word)
         word = store.get(f"answer/{word}").decode()
         store.set(f"heard/{word}/{rank}", "")
-        missing = set()
-    while missing:
+    while missing and not rank:
         for other in sorted(missing):
             if store.check([f"asks/{other}"]):  # perhaps a dead one's: then it is asked anew
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", word)
@@ -464,8 +468,8 @@ def write_features(datasets, encode, folder, workers, ddp):
             x = encode(batch.get("frames", batch.get("features")))
             parts.append(x[0].t().cpu())
             if not parts[-1].isfinite().all():
-                name = batch["name"][0]
-                raise InputError(f"the encoder gives NaN or infinite features for video {name}")
+                words = f"{folder}: NaN or infinite features for video {batch['name'][0]}"
+                raise InputError(f"{words}: remove the encoder.pt or sola.pt, use a smaller lr")
             if batch.get("last", True):
                 save = partial(np.save, arr=torch.cat(parts).numpy(), allow_pickle=False)
                 checkpoint.write_atomic(f"{folder}/{batch['name'][0]}.npy", save)

@@ -218,7 +218,7 @@ class JpegFrames:
             return decode_jpeg(jpeg)
         except DAMAGE as error:
             words = f"{os.path.basename(self.files[number])} is not a valid JPEG image"
-            raise InputError(f"{self.path}: {words} ({_reason(error)})") from None
+            raise InputError(f"{self.path}: {words} ({_reason(error)}): make it again") from None
 
     def _jpeg(self, number, short_side):
         return torch.from_numpy(np.fromfile(self.files[number], np.uint8, MAX_BYTES + 1))
@@ -265,11 +265,11 @@ class FrameZip(JpegFrames):
             self.file = FileIO(path)
             info = self._read_places() or json.loads(self._read_entry("video.json"))
             self.fps, self.duration, self.num_frames = positive(info, *keys)
-            self.files = {number: f"{number:06d}.jpg" for number in info["frames"]}
             self.kept = np.array(info["frames"])
             whole = self.kept.dtype.kind == "i" and self.kept[0] >= 0
-            if not whole or sorted(self.files) != info["frames"]:
+            if not whole or sorted(set(info["frames"])) != info["frames"]:
                 raise ValueError("expected frame numbers in ascending order as frames")
+            self.files = {number: f"{number:06d}.jpg" for number in info["frames"]}
             frames = self.fps * self.duration
             if self.kept[-1] >= self.num_frames or not 0.5 < frames / self.num_frames < 2:
                 raise ValueError("fps, duration_sec, num_frames and frames contradict each other")
@@ -537,12 +537,12 @@ def scan_video(path):
         stream = demuxer.streams[0]
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
-        text, stem = _reason(error), os.path.splitext(path)[0]
+        text, copy = _reason(error), f"-c copy {os.path.splitext(path)[0]}-remuxed.mkv"
         problem = f"is not a valid video ({text}); download it again"
         if "No valid video stream" in text:
             problem = "has no video stream"
         if "support seeking" in text:
-            problem = f"cannot be sought in: ffmpeg -i {path} -c copy {stem}.mkv makes one that can"
+            problem = f"cannot be sought in (cut off?): ffmpeg -i {path} {copy} makes one that can"
         if isinstance(error, ImportError) or "libtorchcodec" in text:
             needed = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
             problem = f"cannot be read: video files need {needed}"

@@ -74,8 +74,8 @@ class SoLa(nn.Module):
             module = cls(saved["channels"], saved["hidden"], saved["kernel"])
             module.load_state_dict(saved["model"])
         except Exception as error:  # a damaged or foreign file makes torch raise almost anything
-            words = f"{path} is not a module of stage sola"
-            raise InputError(f"{words} ({type(error).__name__}: {error!s:.200})") from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise InputError(f"{path} is not a module of stage sola ({reason})") from None
         return module.eval().requires_grad_(False)
 
 

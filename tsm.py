@@ -245,8 +245,8 @@ def load_state(path: str | os.PathLike) -> dict:
             raise zipfile.BadZipFile(entry)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a truncated or foreign file makes torch raise almost anything
-        kind = type(error).__name__
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint ({kind})") from None
+        reason = f"({type(error).__name__}): make it again"
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint {reason}") from None
 
 
 def _read_weights(encoder, source):

@@ -270,7 +270,7 @@ def test_a_foreign_checkpoint_is_named(change, tmp_path):
         train(tmp_path, {(1, 2): terminate})
     path = f"{tmp_path}/test/checkpoint.pt"
     torch.save(checkpoint.load_checkpoint(path) | change, path)
-    with pytest.raises(InputError, match="not a checkpoint of this training"):
+    with pytest.raises(InputError, match=r"not a checkpoint of this training \(.*\); remove it"):
         train(tmp_path)
 
 
@@ -439,13 +439,19 @@ def test_json_and_weights_come_back_or_are_named(tmp_path):
 def test_only_parts_of_dead_processes_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / "features").mkdir()
-    names = [f"v.npy.part-{dead.pid}", f"w.npy.part-{os.getpid()}", "x.part-y", "y.npy"]
-    names.append(f"film.zip.part-{dead.pid}")
-    for name in names:
-        (tmp_path / "features" / name).write_text("half")
+    ours = ["features/v.npy", "sola/features/v.npy", "config.json", "lofi/metrics.jsonl"]
+    ours += ["pretrain/acp/checkpoint.pt", "head/lr_0.1/result.json", "features/features.json"]
+    # Somebody else's, in the same folders.
+    others = ["thesis.pt", "a.json", "deep/notes.json", "deep/v.npy", "head/my-head.pt", "v.npz"]
+    others += ["features/film.zip"]
+    stays = [f"features/w.npy.part-{os.getpid()}", "features/x.part-y", "features/y.npy"]
+    stays += [f"{name}.part-{dead.pid}" for name in others]
+    for name in [*stays, *(f"{name}.part-{dead.pid}" for name in ours)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
     checkpoint.remove_stale_parts(tmp_path)
-    assert sorted(os.listdir(tmp_path / "features")) == sorted(names[1:])
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path)) for path in left) == sorted(stays)
 
 
 def test_a_flipped_bit_is_found(tmp_path):

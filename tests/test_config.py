@@ -78,7 +78,7 @@ def test_an_override_has_the_kind_of_its_default():
         ("lofi.lr=1e", "expected a number"),
         ("video.flip=3", "expected true or false"),
         ("lofi.epochs=true", "expected a number"),
-        ("lofi={lr: 1, lr: 2}", "duplicate key lr"),
+        ("lofi={lr: 1, lr: 2}", "not valid YAML: duplicate key lr, line 1$"),
     ],
 )
 def test_wrong_overrides(override, message):
@@ -127,9 +127,9 @@ def test_wrong_files(tmp_path):
     with pytest.raises(InputError, match=r"no config file .*none\.yaml"):
         load_config(tmp_path / "none.yaml")
     texts = {
-        "a: [": "not valid YAML",
+        "a: [": "not valid YAML: .*, line 1$",
         "just words": "is a str, expected keys and values",
-        "lofi: {lr: 1}\nlofi: {epochs: 2}": "duplicate key lofi",
+        "lofi: {lr: 1}\nlofi: {epochs: 2}": "YAML: duplicate key lofi, line 2$",
         "out: 2024-01-15": "key out .*text, in quotes",
     }
     for text, message in texts.items():
@@ -435,9 +435,9 @@ def test_what_only_costs_time_counts_where_it_is_asked_for():
 def test_what_a_killed_start_was_writing_is_removed_in_our_own_folders_only(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / "run/videos").mkdir(parents=True)
-    old = tmp_path / f"run/videos/v1.npy.part-{dead.pid}"
-    own = tmp_path / f"run/videos/v2.npy.part-{os.getpid()}"
+    (tmp_path / "run").mkdir()
+    old = tmp_path / f"run/metrics.json.part-{dead.pid}"
+    own = tmp_path / f"run/result.json.part-{os.getpid()}"
     old.touch()
     own.touch()
     config.open_run(toy(f"out={tmp_path}/run"), ALONE)

@@ -134,7 +134,7 @@ def test_ambiguous_segments_are_no_actions(tmp_path):
     assert video.annotated[1] == ("Ambiguous", "dive")
     assert logged[1:] == [
         "t: 2 of 3 segments are labelled Ambiguous, and are no actions",
-        "t: 1 of 3 segments cannot be used; `python -m tools.check_data` lists all problems",
+        "t: 1 of 3 segments cannot be used, see python -m tools.check_data",
     ]
     with pytest.raises(InputError, match="no usable segment"):
         data.check_segments({"t": [make_video("v", 8.0, [(1, 2)], ["Ambiguous"])]}, train="t")
@@ -418,6 +418,17 @@ def test_names_may_be_spelt_with_v_or_without(tmp_path):
     dataset = data.FeatureDataset(videos, str(tmp_path), [])
     assert [dataset[i, data.NATIVE]["name"] for i in range(2)] == ["a", "v_b"]
     assert data.describe_videos(videos)["v_b"] == {"duration_sec": 10.0, "fps": None}
+
+
+def test_a_video_in_two_subsets_is_told(tmp_path):
+    for name in ("a", "v_b"):
+        (tmp_path / f"{name}.zip").touch()
+    subsets = {"train": [make_video("a", 8.0), make_video("b", 8.0)], "val": []}
+    subsets["val"] += [make_video("v_b", 8.0), make_video("c", 8.0)]
+    for subset, name in {"train": "b", "val": "v_b"}.items():
+        logged = []
+        data.select_videos(subsets, subset, str(tmp_path), "frames", logged.append)
+        assert f"{subset}: {name} also in another subset, with v_ or without" in logged
 
 
 def test_durations_that_annotations_lack_come_from_elsewhere(tmp_path):
@@ -786,12 +797,18 @@ def test_odd_feature_files_are_named(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "two.h5", "w") as file:
         file["a"] = np.ones((3, 2))
         file["b"] = np.ones((3, 2))
+    for name, link in (("soft", h5py.SoftLink("/g")), ("hard", None)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            group = file.create_group("g")
+            group["itself"] = link or group
     (tmp_path / "torn.h5").write_bytes(b"no HDF5")
     messages = {
         r"line\.npy": r"shape \(5,\)",
         r"whole\.npy": "int64; expected floating-point features",
         r"none\.npy": r"shape \(0, 2\)",
-        r"two\.h5": "2 entries instead of one array",
+        r"two\.h5": "a group of 2 within 0 groups, not an array",
+        r"soft\.h5": "a group of 1 within 7 groups, not an array",
+        r"hard\.h5": "a group of 1 within 7 groups, not an array",
         r"torn\.h5": "not a valid HDF5 file",
     }
     for name, message in messages.items():

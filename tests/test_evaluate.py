@@ -383,6 +383,8 @@ def test_load_class_scores(tmp_path):
         ({"results": {"a": [0.1]}, "class": ["x", "y"]}, "video 'a': class scores must be 2"),
         ({"results": {"a": [0.1, math.nan]}, "class": ["x", "y"]}, "must be 2 finite"),
         ({"a": [{"label": "x"}]}, "video 'a', entry 0 has no score"),
+        ({"results": {}}, r"no class scores for 1 video \(a\) of 1: its names are \[\]"),
+        ({"results": {"b": [1, 2]}, "class": ["x", "y"]}, r"its names are \['b'\]"),
         ({"a": [{"label": "x", "score": -1.5}]}, "below 0"),
         ({"results": {"a": [-1.5, 0.1]}, "class": ["x", "y"]}, "below 0"),
     ],
@@ -934,6 +936,18 @@ def test_a_video_twice_in_a_file_is_refused(name, tmp_path):
         (tmp_path / f"{key}.json").write_text(text)
     with pytest.raises(ev.InputError, match="duplicate key 'v'"):
         ev.evaluate(tmp_path / "truth.json", tmp_path / "result.json")
+
+
+def test_durations_of_other_subsets_are_read_by_the_same_rules():
+    truth = annotations([("v", "x", (0, 1))])
+    truth["database"]["w"] = {"subset": "training", "duration": 10**400}
+    with pytest.raises(ev.InputError, match="'w': duration must be a finite number"):
+        ev.evaluate(truth, {"results": {}})
+    truth["database"] = {"w": {"subset": "training", "duration": 9}, **truth["database"]}
+    truth["database"]["w"]["duration"], truth["database"]["v"]["duration"] = 9, 4
+    predicted = result([("v", "x", (0, 1), 1.0)])
+    (row,) = [r for r in ev.evaluate(truth, predicted)["by_length"] if r["segments"]]
+    assert row["from"] == 0.2  # 1 of 4 s
 
 
 def test_classes_of_scores_may_be_a_map():

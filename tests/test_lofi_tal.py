@@ -14,6 +14,7 @@ import pytest
 import torch
 from processes import ENV, TORCHRUN, WARM_TORCHRUN, Process, free_port, start_ranks
 
+import checkpoint
 import config
 import data
 import gtad
@@ -143,6 +144,19 @@ def test_a_run_leaves_everything_that_a_number_needs(whole):
     assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])  # frozen
 
 
+def test_what_a_killed_run_was_writing_is_removed(whole, sola_run, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name, run in {"whole": whole, "sola": sola_run}.items():
+        shutil.copytree(run, tmp_path / name)
+        for path in [path for path in (tmp_path / name).rglob("*") if path.is_file()]:
+            path.rename(f"{path}.part-{dead.pid}")
+        checkpoint.remove_stale_parts(tmp_path / name)
+        left = {path.name for path in (tmp_path / name).rglob("*") if path.is_file()}
+        renamed = {"lock", "checkpoint.pt.previous"}  # never written under these names
+        assert left == {f"{name}.part-{dead.pid}" for name in renamed}
+
+
 def test_training_goes_on_when_nobody_reads_its_log(whole, toy, tmp_path):
     """As `| head -1`, or a terminal that was closed."""
     command = [sys.executable, "lofi_tal.py", *arguments(toy, tmp_path / "run")]
@@ -222,7 +236,7 @@ def test_features_of_a_broken_encoder_are_refused(whole, toy, tmp_path):
     torch.save(broken, tmp_path / "encoder.pt")
     start = [f"pretrain.pretrained={tmp_path}/encoder.pt", "stages=[features]"]
     message = error_of(arguments(toy, tmp_path / "run", *start))
-    assert "NaN or infinite features for video" in message
+    assert "NaN or infinite features for video toy_00000: remove the encoder" in message
     assert not glob.glob(f"{tmp_path}/run/features/*.npy")
 
 
@@ -759,6 +773,46 @@ def test_ranks_end_with_their_launcher(toy, tmp_path, from_acp):
     RunFolder(tmp_path / "run").lock()
 
 
+LATE_ORPHAN = """
+import functools, os, sys, time
+
+parent = os.getppid()
+open(sys.argv[1], "w").close()
+while os.getppid() == parent:
+    time.sleep(0.01)
+sys.path.insert(0, os.getcwd())
+import lofi_tal
+import localizer
+
+localizer.fresh_group = functools.partial(localizer.fresh_group, 0.5)
+lofi_tal.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_rank_whose_launcher_ended_before_its_first_line_does_not_wait(toy, tmp_path):
+    (tmp_path / "late.py").write_text(LATE_ORPHAN)
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=1", tmp_path / "late.py"]
+    read, write = os.pipe()
+    command += [tmp_path / "there", *arguments(toy, tmp_path / "run")]
+    agent = Process(*command, stdout=write, stderr=write)
+    os.close(write)
+    wait_for(tmp_path / "there", agent)
+    agent.kill()
+    with open(read) as log:
+        assert "no other process answers, did torchrun end?" in log.read().splitlines()[-1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_the_others_does_not_wait_for_ever(rank):
+    code = "import config, localizer\nwith config.one_line_errors('x'): localizer.fresh_group(1)"
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    process = Process("-c", code, env={**ENV, **group, "RANK": str(rank)})
+    _, errors = process.communicate(60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("x: no other process answers, did torchrun end?")
+
+
 def test_kill_9_in_an_epoch_and_while_a_checkpoint_is_written_lose_nothing(
     whole, toy, tmp_path, from_acp
 ):
@@ -850,11 +904,13 @@ def test_out_of_memory_says_what_to_change(toy, tmp_path, monkeypatch, error):
 
 
 def test_bad_input_is_one_clear_error(whole, toy, tmp_path):
+    (tmp_path / "none.json").write_text('{"results": {}}')
     argv = arguments(toy, tmp_path / "x")
     cases = {
         "data.annotations=none.json": "python -m tools.make_toy",  # no data yet
         "lofi.epoch=1": "did you mean lofi.epochs",
         "pretrain.method=acpp": "pretrain.method is 'acpp', expected",
+        f"detect.class_scores={tmp_path}/none.json": "no class scores for 8 videos",
         "detect.class_scores=cuhk.json": "no file cuhk.json (config key detect.class_scores)",
         "pretrain.pretrained=none.pt": "no file none.pt (config key pretrain.pretrained)",
         "stages=[features]": "needs an encoder",

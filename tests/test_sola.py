@@ -310,8 +310,11 @@ def test_a_foreign_module_is_named(change, tmp_path):
     module = SoLa(8, 4)
     content = {"model": module.state_dict(), "channels": 8, "hidden": 4, "kernel": 3}
     torch.save([1] if change is None else content | change, tmp_path / "sola.pt")
-    with pytest.raises(InputError, match=r"sola\.pt is not a module of stage sola"):
+    with pytest.raises(
+        InputError, match=r"sola\.pt is not a module of stage sola \(.*\)$"
+    ) as error:
         SoLa.load(tmp_path / "sola.pt")
+    assert "\n" not in str(error.value)
 
 
 def test_a_flipped_bit_in_a_module_is_found(tmp_path):
