@@ -11,7 +11,14 @@ from checkpoint import save_json, save_weights
 from config import load_config
 from sola import SoLa
 from tools import probe_sola
-from tools.probe_sola import auc, linear_probe, moving_average, similarity_map, snippet_labels
+from tools.probe_sola import (
+    auc,
+    linear_probe,
+    moving_average,
+    similarity_map,
+    snippet_labels,
+    stretch_lengths,
+)
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -34,6 +41,20 @@ def test_labels_are_those_of_snippet_centres():
     labels = snippet_labels(torch.tensor([[0.1, 0.25], [0.46, 0.54], [0.82, 1.0]]), 10)
     assert labels.nonzero().flatten().tolist() == [1, 8, 9]
     assert snippet_labels(torch.zeros(0, 2), 3).tolist() == [False] * 3
+
+
+def test_stretches_by_hand():
+    labels = torch.tensor([0, 0, 1, 0, 1, 1, 1], dtype=torch.bool)
+    assert stretch_lengths(labels).tolist() == [2, 2, 1, 1, 3, 3, 3]
+
+
+def test_auc_by_the_length_of_gaps():
+    """The one snippet of a short gap looks like action, the two of a long one do not."""
+    labels = torch.tensor([1, 1, 0, 1, 0, 0], dtype=torch.bool)
+    x = torch.tensor([[2.0], [3.0], [2.5], [4.0], [-1.0], [-2.0]])
+    found = linear_probe(x, labels, x, labels, stretch_lengths(labels))
+    assert found["auc_by_gap"] == {"1": pytest.approx(2 / 3), "2": 1.0}
+    assert found["auc"] == pytest.approx((2 / 3 + 2) / 3)
 
 
 def test_auc_by_hand():

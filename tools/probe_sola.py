@@ -6,7 +6,8 @@ RUN: a run folder whose stage sola has finished. Writes into RUN/sola:
 
     probe.json       linear probe "action or background snippet", fitted on training videos and
                      measured on validation videos: before SoLa, on a moving average (what plain
-                     smoothing brings) and after SoLa; and the spread of the features
+                     smoothing brings) and after SoLa, also by the length of the background
+                     around a snippet; and the spread of the features
     similarity.npz   self-similarity maps of a few validation videos, raw and SoLa, for
                      `python -m tools.plot similarity RUN`
 
@@ -46,6 +47,12 @@ def snippet_labels(segments, snippets):
     return ((segments[:, :1] <= centre) & (centre < segments[:, 1:])).any(0)
 
 
+def stretch_lengths(labels):
+    """Return how many snippets the stretch of equal labels around each has: (L,) -> (L,)."""
+    _, stretch, counts = torch.unique_consecutive(labels, return_inverse=True, return_counts=True)
+    return counts[stretch]
+
+
 def auc(scores, labels):
     """Return the area under the ROC curve of (N,) scores and labels; NaN if all labels agree."""
     labels = labels.bool()
@@ -83,17 +90,23 @@ def fit_probe(features, labels):
     return lambda features: (features - mean) / std @ weight.detach() + bias.detach()
 
 
-def linear_probe(features, labels, held_out, held_out_labels):
+def linear_probe(features, labels, held_out, held_out_labels, lengths=None):
     """Return how linearly action can be told from background in held-out snippets, in [0, 1].
 
     features (N, C) and labels (N,) bool train the probe, held_out (M, C) and its labels (M,) test
-    it. "background" is the accuracy of calling each held-out snippet background.
+    it. "background" is the accuracy of calling each held-out snippet background. lengths (M,), see
+    `stretch_lengths`: also the AUC with background of at least so many snippets, up to twice that.
     """
     logits = fit_probe(features, labels)(held_out)
     truth = held_out_labels.bool()
     accuracy = ((logits > 0) == truth).double().mean().item()
     background = (~truth).double().mean().item()
-    return {"accuracy": accuracy, "auc": auc(logits, truth), "background": background}
+    record = {"accuracy": accuracy, "auc": auc(logits, truth), "background": background}
+    if lengths is not None:
+        bins = {n: (lengths >= n) & (lengths < 2 * n) & ~truth for n in (1, 2, 4, 8, 16, 32)}
+        gaps = {str(n): truth | gap for n, gap in bins.items() if gap.any()}
+        record["auc_by_gap"] = {n: auc(logits[rows], truth[rows]) for n, rows in gaps.items()}
+    return record
 
 
 def evenly(dataset, most):
@@ -117,13 +130,14 @@ def probe(sola, train, held_out, device, max_videos=500):
         parts = [snippet_labels(dataset.videos[i].actions[0], x.shape[2]) for i, x in pairs]
         labels[split] = torch.cat(parts).to(device)
         record[split] = {"videos": len(picked), "snippets": len(labels[split])}
+    lengths = torch.cat([stretch_lengths(part) for part in parts]).to(device)  # of those held out
     for name, variant in VARIANTS.items():
         rows = {}  # (snippets of all videos, C)
         for split, features in samples.items():
             with torch.no_grad():
                 rows[split] = torch.cat([variant(sola, x.to(device))[0].t() for x in features])
         fitted_on = (rows["fitted_on"], labels["fitted_on"])
-        record[name] = linear_probe(*fitted_on, rows["held_out"], labels["held_out"])
+        record[name] = linear_probe(*fitted_on, rows["held_out"], labels["held_out"], lengths)
         record[name]["spread"] = spread(rows["held_out"].t()[None]).item()
     return record
 
@@ -172,7 +186,8 @@ def run(folder, max_videos, max_maps):
     print(f"linear probe, action or background, on {record['held_out']['videos']} videos: {target}")
     for name in VARIANTS:
         accuracy = 100 * record[name]["accuracy"]
-        print(f"{name:14} accuracy {accuracy:5.1f} %   AUC {record[name]['auc']:.3f}")
+        gaps = ", ".join(f"{n}: {value:.3f}" for n, value in record[name]["auc_by_gap"].items())
+        print(f"{name:14} accuracy {accuracy:5.1f} %   AUC {record[name]['auc']:.3f}   ({gaps})")
 
 
 def main(argv=None):
