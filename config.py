@@ -662,7 +662,7 @@ def search_lr(cfg, run, ddp, run_stages):
     Each is a run of its own in OUT/head/lr_X, which run_stages(config, pending, ddp) goes through:
     a later start skips or resumes it. OUT/head/search.json has the average mAP of each.
     """
-    source = feature_source(cfg, run)
+    source = [os.path.realpath(s) for s in data.as_list(feature_source(cfg, run))]
     trials = {lr: RunFolder(f"{run.path}/head/lr_{lr:g}") for lr in cfg.head.lr}
     for lr, folder in trials.items():
         ddp.log(f"head.lr {lr:g}: {folder.path}")
