@@ -666,20 +666,20 @@ def search_lr(cfg, run, ddp, run_stages):
     Each is a run of its own in OUT/head/lr_X, which run_stages(config, pending, ddp) goes through:
     a later start skips or resumes it. OUT/head/search.json has the average mAP of each.
     """
-    source = feature_source(cfg, run)
+    source = [os.path.realpath(s) for s in data.as_list(feature_source(cfg, run))]
     trials = {lr: RunFolder(f"{run.path}/head/lr_{lr:g}") for lr in cfg.head.lr}
     for lr, folder in trials.items():
         ddp.log(f"head.lr {lr:g}: {folder.path}")
-        changes = {"out": folder.path, "stages": ["head", "detect"]}
-        changes |= {"data": Config(cfg.data, features=source), "head": Config(cfg.head, lr=lr)}
-        trial = Config(cfg, **changes)
+        changes = {"data": Config(cfg.data, features=source), "head": Config(cfg.head, lr=lr)}
+        trial = Config(cfg, out=folder.path, stages=["head", "detect"], **changes)
         run_stages(trial, check(trial, files=False), ddp)
     if ddp.is_main:
         metrics = {lr: load_json(folder.metrics) for lr, folder in trials.items()}
         found = {lr: metrics[lr]["average_mAP"] for lr in trials}
         best = max(found, key=found.get)
-        shared = seconds_of_features(source)
-        seconds = sum(trial["seconds"] - shared for trial in metrics.values())
+        seconds = sum(m["seconds"] - seconds_of_features(source) for m in metrics.values())
+        epochs = pathlib.Path(trials[best].path, "head/metrics.jsonl").read_bytes()
+        write_atomic(f"{run.path}/head/metrics.jsonl", lambda file: file.write(epochs))
         saved = tsm.load_state(trials[best].head) | {"seconds": seconds}
         save_json({"best_lr": best, "average_mAP": found}, f"{run.path}/head/search.json")
         write_atomic(run.head, functools.partial(torch.save, saved))

@@ -1,7 +1,7 @@
 """Find the actions in your own videos with a finished run: detections in seconds, and pictures.
 
     python localize.py --run runs/toy-0/lofi VIDEO [VIDEO ...] [--out FOLDER] [--gt ANNOTATIONS]
-                       [--no-picture] [--chunk-snippets N]
+                       [--no-picture] [--device DEVICE] [--chunk-snippets N]
 
 VIDEO: a file that FFmpeg decodes, a prepared ZIP or a folder of frames. FOLDER (default:
 RUN/localized) gets VIDEO.png, the timeline, with the ground truth of annotations if --gt names

@@ -579,3 +579,19 @@ def test_features_of_another_width_in_validation_are_named():
     datasets = [argparse.Namespace(channels=8), argparse.Namespace(channels=9)]
     with pytest.raises(InputError, match="8 channels in training, 9 in validation"):
         config.subsequences(toy(), datasets, None)
+
+
+@pytest.mark.parametrize("stages", ["[features,head,detect]", "[features,sola,head,detect]"])
+def test_a_search_goes_on_when_its_folder_is_spelt_otherwise(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trials = []
+    for out in ("run", "./run/", f"{tmp_path}/run"):
+        words = (f"out={out}", f"stages={stages}", "head.lr=[1e-3, 2e-3]", "pretrain.pretrained=x")
+        cfg = load_config(f"{config.HERE}/configs/toy.yaml", words)
+        config.search_lr(
+            cfg, checkpoint.RunFolder(out), Distributed(1, 2, None), lambda *run: trials.append(run)
+        )
+    for trial, pending, _ in trials[2:]:
+        assert pending == ["head", "detect"]
+        assert config.differences(trials[trial.head.lr == 2e-3][0], trial) == []
+    assert len(trials) == 6

@@ -2,6 +2,7 @@
 
 import glob
 import re
+import shlex
 
 import pytest
 import torch
@@ -47,15 +48,15 @@ with open("docs/paper.md", encoding="utf-8") as file:
 
 @pytest.mark.parametrize(("path", "words"), ROWS)
 def test_every_row_of_the_papers_tables(path, words, capsys):
-    cfg = config.load_config(path, words.split())
+    cfg = config.load_config(path, shlex.split(words))
     tiny = "fidelities={S: [4, 16], T: [2, 32], ST: [3, 23]}"
     tiny = [*SMALL, "encoder.width=2", "video.snippets=4", tiny]
-    lines = lines_of(capsys, path, *words.split(), *tiny)
+    lines = lines_of(capsys, path, *shlex.split(words), *tiny)
     assert lines and all("loss" in line for line in lines) == (cfg.stages[0] != "head")
 
 
 def test_rows_of_the_papers_tables_differ_and_are_all_there():
-    runs = [config.load_config(path, words.split()) for path, words in ROWS]
+    runs = [config.load_config(path, shlex.split(words)) for path, words in ROWS]
     assert len({cfg.out for cfg in runs}) == len(runs) == 19
     assert [cfg.out for cfg in runs if cfg.lofi.cycle == "batch"] == ["runs/anet13/short"]
     assert {cfg.encoder.depth for cfg in runs} == {18, 34, 50}

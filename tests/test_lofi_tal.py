@@ -23,6 +23,7 @@ import lofi_tal
 from checkpoint import RunFolder, load_json
 from sola import SoLa, similarity_step
 from tools.make_toy import Toy, make_toy
+from tools.plot import read_metrics
 
 GTAD = (
     "hidden: 16, gcn_width: 16, gcn_groups: 4, inner_bins: 4, context_bins: 2, map_hidden: [16, 8]"
@@ -406,6 +407,10 @@ def test_the_best_of_several_learning_rates_is_kept(whole, toy, tmp_path, monkey
     one, two = tmp_path / f"{best:g}/head/head.pt", tmp_path / "both/head/head.pt"
     assert same(weights(one), weights(two))
     assert torch.load(two)["seconds"] > torch.load(one)["seconds"]
+    # Pictures of the run show the epochs of the head that was kept.
+    epochs = read_metrics(tmp_path / "both")
+    assert epochs == read_metrics(tmp_path / f"both/head/lr_{best:g}")
+    assert [record["epoch"] for record in epochs["head"]] == [1, 2, 3, 4]
     assert "head.lr is [1e-05" in error_of([*argv, "stages=[head]", f"out={tmp_path}/x"])
 
 

@@ -56,6 +56,13 @@ def test_readme_is_one_page():
     assert len(text.encode()) <= 8192
 
 
+@pages
+def test_sentences_are_wrapped(page):
+    """Rows of tables and lines of code are as long as they have to be."""
+    lines = [line for line in prose(PAGES[page]).splitlines() if not line.startswith("|")]
+    assert max(lines, key=len)[120:] == ""
+
+
 def test_readme_has_the_two_commands_of_the_ci():
     first, second = re.findall("^python3 -m venv.*", PAGES["README.md"], re.M)
     assert first.endswith("./train.sh") and second.endswith("python -m pytest -q")
