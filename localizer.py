@@ -149,23 +149,29 @@ class SnippetClassifier(nn.Module):
 
     Between 1x1 convolutions are residual ones with dilation 1, 2, 4, ... (MS-TCN, Farha and Gall,
     CVPR 2019). The logits of a span, of any length, are their mean over it: see `span_means`.
+    members: so many such networks side by side, whose logits are averaged, after so little data
+    that they differ. In training each has its own: (B, members, n + 1, L).
     """
 
-    def __init__(self, channels, num_classes, width=64, layers=5, dropout=0.3):
+    def __init__(self, channels, num_classes, width=64, layers=5, dropout=0.3, members=1):
         super().__init__()
-        self.first = nn.Conv1d(channels, width, 1)
+        self.members = members
+        conv = partial(nn.Conv1d, groups=members)
+        total = members * width
+        self.first = nn.Conv1d(channels, total, 1)
         self.layers = nn.ModuleList()
         for dilation in (2**k for k in range(layers)):
-            conv = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
-            mix = nn.Conv1d(width, width, 1)
-            self.layers.append(nn.Sequential(conv, nn.ReLU(), mix, nn.Dropout(dropout)))
-        self.last = nn.Conv1d(width, num_classes + 1, 1)
+            wide = conv(total, total, 3, padding=dilation, dilation=dilation)
+            mix = conv(total, total, 1)
+            self.layers.append(nn.Sequential(wide, nn.ReLU(), mix, nn.Dropout(dropout)))
+        self.last = conv(total, members * (num_classes + 1), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         for layer in self.layers:
             x = x + layer(x)
-        return self.last(x)
+        x = self.last(x).unflatten(1, (self.members, -1))
+        return x if self.training else x.mean(1)
 
 
 def span_means(x: Tensor, spans: Tensor) -> Tensor:
@@ -260,7 +266,7 @@ class Localizer(nn.Module):
         """Map frames (B, L, T, 3, H, W) or features (B, C, L) to the head's outputs and classes.
 
         Returns start (B, L), end (B, L), map (B, 2, D, L) and None or the classes' logits, (B, n)
-        of videos or (B, n + 1, L) of snippets.
+        of videos or (B, n + 1, L) of snippets, in training those of each member.
         """
         if x.ndim == 6:
             x = self.encoder(x)
@@ -351,15 +357,15 @@ def draw_spans(batch, background, generator, rank):
 def class_loss(logits, target, spans):
     """Return the cross-entropy of classes, summed over videos.
 
-    logits: (B, n), with target (B, n), or (B, n + 1, L), with spans of each video and their
-    classes, over which it is a mean.
+    logits: (B, n), with target (B, n), or (B, members, n + 1, L), with spans of each video and
+    their classes, over which it is a mean, as over members.
     """
     if logits.ndim == 2:
         return -(target * logits.log_softmax(1)).sum()
     losses = []
     for x, (segments, classes) in zip(logits, spans, strict=True):
-        means = span_means(x[None], segments[None].to(x.device))[0]
-        losses.append(F.cross_entropy(means.t(), classes.to(x.device)))
+        means = span_means(x, segments.to(x.device).expand(len(x), -1, -1))
+        losses.append(F.cross_entropy(means, classes.to(x.device).expand(len(x), -1)))
     return torch.stack(losses).sum()
 
 
