@@ -244,10 +244,25 @@ def test_spans_of_training_are_the_segments_and_as_much_background():
 PER_SEGMENT = {"width": 8, "layers": 2, "dropout": 0.0}
 
 
-def test_the_classifier_of_segments_is_trained_beside_the_head():
+def test_members_are_networks_of_their_own_whose_logits_are_averaged():
+    together = localizer.SnippetClassifier(6, 2, **PER_SEGMENT, members=3)
+    x = torch.randn(2, 6, 10)
+    each = together.train()(x)
+    assert each.shape == (2, 3, 3, 10)
+    torch.testing.assert_close(together.eval()(x), each.mean(1))
+    for m in range(3):
+        one = localizer.SnippetClassifier(6, 2, **PER_SEGMENT)
+        state = {key: value.chunk(3)[m] for key, value in together.state_dict().items()}
+        one.load_state_dict(state)
+        torch.testing.assert_close(one.eval()(x), each[:, m])
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_classifier_of_segments_is_trained_beside_the_head(members):
     """Micro-batches and shares of two ranks add up to the loss of the batch; so do gradients."""
     torch.manual_seed(0)
-    model = Localizer("gtad", SIZES, 8, ["a", "b"], per_segment=PER_SEGMENT)
+    sizes = PER_SEGMENT | {"members": members}
+    model = Localizer("gtad", SIZES, 8, ["a", "b"], per_segment=sizes)
     labels = [torch.tensor(x, dtype=torch.long) for x in ([0], [1, 0], [], [1])]
     batch = {"features": torch.randn(4, 8, 8), "segments": SEGMENTS, "labels": labels}
     batch["target"] = torch.zeros(4, 2)
@@ -258,13 +273,14 @@ def test_the_classifier_of_segments_is_trained_beside_the_head():
     gtad.loss_weights(gtad.make_targets(SEGMENTS, 8), generator=generator)
     spans = localizer.draw_spans(batch, 2, generator, 0)
     logits = model(batch["features"])[3].detach()
-    assert logits.shape == (4, 3, 8)
+    assert logits.shape == (4, members, 3, 8)
     losses = []
-    for x, (places, classes) in zip(logits, spans, strict=True):
-        means = [mean_by_loop(x, *(8 * place).tolist()).log_softmax(0) for place in places]
-        found = [-mean[c] for mean, c in zip(means, classes, strict=True)]
-        losses.append(sum(found) / len(found))
-    torch.testing.assert_close(terms["class"], sum(losses) / 4)
+    for each, (places, classes) in zip(logits, spans, strict=True):
+        for x in each:
+            means = [mean_by_loop(x, *(8 * place).tolist()).log_softmax(0) for place in places]
+            found = [-mean[c] for mean, c in zip(means, classes, strict=True)]
+            losses.append(sum(found) / len(found))
+    torch.testing.assert_close(terms["class"], sum(losses) / len(losses))
 
     halves, again = step(model, batch, accumulate=2)
     torch.testing.assert_close(halves, terms)
