@@ -17,10 +17,10 @@ BOUNDS = fuzz.Bounds(memory=2**28, cpu_sec=2, wall_sec=2)
 
 def test_a_share_of_the_mutations_fails_nowhere():
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz", "--count", "44", "--seed", "7"]
+    command = [sys.executable, "-m", "tests.fuzz", "--count", "30", "--seed", "7"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "44 mutations, 0 failures" in done.stdout
+    assert "30 mutations, 0 failures" in done.stdout
     kinds = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" 0")]
     assert set(fuzz.list_kinds()) <= set(kinds)
 
