@@ -181,6 +181,11 @@ def test_a_table_is_converted_with_the_durations_of_the_media(messy, tmp_path, c
     }
     with pytest.raises(SystemExit, match=r"new\.json already exists"):
         main([*table, "--json", f"{tmp_path}/new.json"])
+    rows = "video,start,end,label,subset\nv,1,2,x,training\nw,,,,validation\ngone,,,,validation\n"
+    (tmp_path / "t.csv").write_text(rows)
+    assert main(table) == 0
+    printed = capsys.readouterr().out
+    assert "validation: 2 videos, 0 segments" in printed and "1 x media missing" in printed
     (tmp_path / "t.csv").write_text("video,start,end,label\nv,1,2,x\nw,7,60,x\n")
     assert main(table) == 0
     assert "segment outside the video" in capsys.readouterr().out
