@@ -677,7 +677,8 @@ def search_lr(cfg, run, ddp, run_stages):
         metrics = {lr: load_json(folder.metrics) for lr, folder in trials.items()}
         found = {lr: metrics[lr]["average_mAP"] for lr in trials}
         best = max(found, key=found.get)
-        seconds = sum(m["seconds"] - seconds_of_features(source) for m in metrics.values())
+        shared = seconds_of_features(source)
+        seconds = sum(trial["seconds"] - shared for trial in metrics.values())
         epochs = pathlib.Path(trials[best].path, "head/metrics.jsonl").read_bytes()
         write_atomic(f"{run.path}/head/metrics.jsonl", lambda file: file.write(epochs))
         saved = tsm.load_state(trials[best].head) | {"seconds": seconds}

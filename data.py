@@ -584,8 +584,8 @@ class VideoDataset:
         # The video and the first snippet of each sample.
         self.items = [(i, k) for i, n in enumerate(self.counts) for k in range(0, n, self.snippets)]
         if self.rate and self.train:
-            windows = (self.videos, self.counts, self.snippets, self.window_overlap[0])
-            self.items = windows_with_segments(*windows)
+            least = self.window_overlap[0]
+            self.items = windows_with_segments(self.videos, self.counts, self.snippets, least)
         # Ranks share out videos, not pieces of them.
         self.owners = [i for i, _ in self.items]
 
@@ -612,8 +612,8 @@ class VideoDataset:
         numbers = snippet_frames(source.num_frames, count, self.frames_per_snippet, self.stride)
         numbers = numbers[first : first + self.snippets]
         if self.rate and self.train:
-            window = (count, first, self.snippets, self.window_overlap[1])
-            segments, labels = clip_to_window(segments, labels, *window)
+            least = self.window_overlap[1]
+            segments, labels = clip_to_window(segments, labels, count, first, self.snippets, least)
             # Beyond the end of a short video its last snippet is repeated.
             numbers = numbers[torch.arange(self.snippets).clamp(max=len(numbers) - 1)]
         if self.train or not self.rate:

@@ -396,14 +396,13 @@ def _read_ground_truth(data, name, subset, notes):
         there = ", ".join(sorted({repr(info["subset"]) for info in database.values()})) or "none"
         raise InputError(f"{name}: no video of subset {subset!r}; there are {there}")
     annotations = {video: info.get("annotations") or [] for video, info in chosen.items()}
-    truth = _read_entries(annotations, name, ("label", "segment"), notes)
-    truth.score = np.ones(len(truth.video))
-    unclear = np.array([*map(is_ambiguous, truth.classes)], bool)
-    ambiguous = truth.take(unclear[truth.label])
-    truth = truth.take(~unclear[truth.label])
+    listed = _read_entries(annotations, name, ("label", "segment"), notes)
+    listed.score = np.ones(len(listed.video))
+    unclear = np.array([*map(is_ambiguous, listed.classes)], bool)
+    truth = listed.take(~unclear[listed.label])
+    truth.ambiguous = listed.take(unclear[listed.label])
     truth.label = (np.cumsum(~unclear) - 1)[truth.label]
     truth.classes = [label for label in truth.classes if not is_ambiguous(label)]
-    truth.ambiguous = ambiguous
     if not len(truth.video):
         raise InputError(f"{name}: no annotation in the {len(chosen)} videos of subset {subset!r}")
     durations = [info.get("duration") for info in database.values()]
