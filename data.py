@@ -353,7 +353,7 @@ def select_videos(
     duration. settings: what frames should be prepared for; the first ZIP is compared with it.
     """
     if subset not in subsets:
-        raise InputError(f"no subset {subset!r} in the annotations, only {sorted(subsets)}")
+        raise InputError(f"no subset {subset!r}, only {sorted(subsets)}: see data.train_subset")
     names = [video.name for video in subsets[subset]]
     sources = as_list(source)
     find = media.find_media if kind == "frames" else find_features

@@ -152,14 +152,14 @@ def localize(model, video, bar=False):
 
 
 def table(detections, most=10):
-    """Return the best detections as lines of text, times in seconds."""
-    if not detections:
-        return "  no detections"
+    """Return the best detections that score 0.001 or more as lines of text, times in seconds."""
+    shown = [d for d in detections[:most] if d["score"] >= 0.001]
+    if not shown:
+        return "  no detection scores 0.001 or more"
     lines = [f"  {'score':>5}  {'start':>8}  {'end':>8}  class (times in seconds)"]
-    for d in detections[:most]:
+    for d in shown:
         start, end = d["segment"]
-        score = f"{d['score']:.3f}" if d["score"] >= 0.001 else f"{d['score']:.0e}"
-        lines.append(f"  {score}  {start:8.2f}  {end:8.2f}  {d['label']}")
+        lines.append(f"  {d['score']:.3f}  {start:8.2f}  {end:8.2f}  {d['label']}")
     return "\n".join(lines)
 
 

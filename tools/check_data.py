@@ -197,8 +197,8 @@ class SubsetCheck:
                 where = "neither annotations nor frames or features tell: set data.durations"
                 self.add(name, "no duration", where)
             elif name in self.without_media and name not in unreadable:
-                where = f"neither frames in {sources.frames} nor features in {sources.features}"
-                self.add(name, "media missing", where)
+                places = " or ".join(filter(None, [sources.frames, *sources.features]))
+                self.add(name, "media missing", f"no file of that name in {places}")
 
     def obstacles(self, log):
         """Yield what of this subset keeps training from starting."""
@@ -410,7 +410,7 @@ def main(argv=None):
         problems, fatal = check(sources, args.workers)
         path = args.problems or f"{os.path.splitext(sources.annotations)[0]}.problems.txt"
         write_problems(problems, path)
-        print(f"{len(problems)} problems, listed in {path}")
+        print(f"{len(problems)} problem{'s' * (len(problems) != 1)}, listed in {path}")
         for kind, count in Counter(problem.kind for problem in problems).items():
             consequence = f" ({CONSEQUENCES[kind]})" if kind in CONSEQUENCES else ""
             print(f"  {count} x {kind}{consequence}")
