@@ -266,7 +266,7 @@ def held_out(names, share):
 
 def _load_table(path, train, val, share):
     database, begun = {}, {}
-    expected = "columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
+    expected = "UTF-8 columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
     read_table(path, partial(_add_row, database, begun), expected)
     if begun or not database:
         reason = f"START without a STOP of {next(iter(begun))}" if begun else "no video in it"

@@ -88,8 +88,7 @@ def frame_chunks(source, numbers, size, crop, chunk_snippets):
     wanted = np.unique(numbers)
     decoder = source.decode(wanted, size / crop)
     frames = {}
-    last = -1
-    num_decoded = 0
+    last, num_decoded = -1, 0
     for i in range(0, len(numbers), chunk_snippets):
         rows, later = numbers[i : i + chunk_snippets], numbers[i + chunk_snippets :]
         end = rows.max()
@@ -152,15 +151,13 @@ def localize(model, video, bar=False):
 
 
 def table(detections, most=10):
-    """Return the best detections that score 0.001 or more as lines of text, times in seconds."""
-    shown = [d for d in detections[:most] if d["score"] >= 0.001]
+    """Return the best detections that score 0.0001 or more as lines of text, times in seconds."""
+    shown = [d for d in detections[:most] if d["score"] >= 1e-4]
     if not shown:
-        return "  no detection scores 0.001 or more"
-    lines = [f"  {'score':>5}  {'start':>8}  {'end':>8}  class (times in seconds)"]
-    for d in shown:
-        start, end = d["segment"]
-        lines.append(f"  {d['score']:.3f}  {start:8.2f}  {end:8.2f}  {d['label']}")
-    return "\n".join(lines)
+        return "  no detection scores 0.0001 or more"
+    head = f"  {'score':>8}  {'start':>8}  {'end':>8}  class (times in seconds)"
+    rows = [(d["score"], *d["segment"], d["label"]) for d in shown]
+    return "\n".join([head, *("  {:#8.3g}  {:8.2f}  {:8.2f}  {}".format(*row) for row in rows)])
 
 
 def unique_name(path, taken):
@@ -206,10 +203,10 @@ def localize_files(model, paths, result_path, run):
             print(f"localize.py: {error}", file=sys.stderr, flush=True)
             continue
         name = unique_name(path, {name: video["path"] for name, video in videos.items()})
-        length = f"{source.duration:.2f} s, {source.num_frames} frames"
-        length += f"; took {time.monotonic() - started:.1f} s"
-        length += f"; note: {source.note}" if source.note else ""
-        print(f"{name}: {length}\n{table(detections)}", flush=True)
+        took = f"took {time.monotonic() - started:.1f} s"
+        took += f"; note: {source.note}" if source.note else ""
+        print(f"{name}: {source.duration:.2f} s, {source.num_frames} frames; {took}")
+        print(table(detections), flush=True)
         results[name] = detections
         videos[name] = {"path": path, "duration": source.duration}
         class_source = config.CLASS_SOURCES[model.cfg.classes]

@@ -411,18 +411,18 @@ def test_memory_errors_name_the_option_and_others_stay(model, toys, monkeypatch)
 def test_table():
     detections = [
         {"label": "jump", "score": 0.71, "segment": [3.5, 118.25]},
-        {"label": "a b", "score": 0.001, "segment": [0, 4]},
+        {"label": "a b", "score": 0.0005, "segment": [0, 4]},
         {"label": "jump", "score": 0.00002, "segment": [0, 2]},
     ]
     lines = localize.table(detections).splitlines()
     assert [line.split() for line in lines] == [
         ["score", "start", "end", "class", "(times", "in", "seconds)"],
         ["0.710", "3.50", "118.25", "jump"],
-        ["0.001", "0.00", "4.00", "a", "b"],
+        ["0.000500", "0.00", "4.00", "a", "b"],
     ]
     words = ("class", "jump", "a b")
     assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
-    assert localize.table(detections[2:]) == "  no detection scores 0.001 or more"
+    assert localize.table(detections[2:]) == "  no detection scores 0.0001 or more"
 
 
 def test_a_damaged_result_is_named(runs, toys, tmp_path):
