@@ -154,10 +154,10 @@ def table(detections, most=10):
     """Return the best detections that score 0.0001 or more as lines of text, times in seconds."""
     shown = [d for d in detections[:most] if d["score"] >= 1e-4]
     if not shown:
-        return "  no detection scores 0.0001 or more"
-    head = f"  {'score':>8}  {'start':>8}  {'end':>8}  class (times in seconds)"
-    rows = [(d["score"], *d["segment"], d["label"]) for d in shown]
-    return "\n".join([head, *("  {:#8.3g}  {:8.2f}  {:8.2f}  {}".format(*row) for row in rows)])
+        return "no detection scores 0.0001 or more"
+    rows = [(d["label"], f"{d['score']:.3g}", *d["segment"]) for d in shown]
+    rows = [[label, score, f"{start:.2f}", f"{end:.2f}"] for label, score, start, end in rows]
+    return evaluate.markdown_table(["class", "score", "start (s)", "end (s)"], rows)
 
 
 def unique_name(path, taken):
@@ -203,10 +203,10 @@ def localize_files(model, paths, result_path, run):
             print(f"localize.py: {error}", file=sys.stderr, flush=True)
             continue
         name = unique_name(path, {name: video["path"] for name, video in videos.items()})
-        took = f"took {time.monotonic() - started:.1f} s"
-        took += f"; note: {source.note}" if source.note else ""
-        print(f"{name}: {source.duration:.2f} s, {source.num_frames} frames; {took}")
-        print(table(detections), flush=True)
+        length = f"{source.duration:.2f} s, {source.num_frames} frames"
+        length += f"; took {time.monotonic() - started:.1f} s"
+        length += f"; note: {source.note}" if source.note else ""
+        print(f"{name}: {length}\n{table(detections)}", flush=True)
         results[name] = detections
         videos[name] = {"path": path, "duration": source.duration}
         class_source = config.CLASS_SOURCES[model.cfg.classes]
