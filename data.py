@@ -266,7 +266,7 @@ def held_out(names, share):
 
 def _load_table(path, train, val, share):
     database, begun = {}, {}
-    expected = "columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
+    expected = "UTF-8 columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
     read_table(path, partial(_add_row, database, begun), expected)
     if begun or not database:
         reason = f"START without a STOP of {next(iter(begun))}" if begun else "no video in it"
@@ -353,7 +353,7 @@ def select_videos(
     duration. settings: what frames should be prepared for; the first ZIP is compared with it.
     """
     if subset not in subsets:
-        raise InputError(f"no subset {subset!r} in the annotations, only {sorted(subsets)}")
+        raise InputError(f"no subset {subset!r}, only {sorted(subsets)}: see data.train_subset")
     names = [video.name for video in subsets[subset]]
     sources = as_list(source)
     find = media.find_media if kind == "frames" else find_features

@@ -88,8 +88,7 @@ def frame_chunks(source, numbers, size, crop, chunk_snippets):
     wanted = np.unique(numbers)
     decoder = source.decode(wanted, size / crop)
     frames = {}
-    last = -1
-    num_decoded = 0
+    last, num_decoded = -1, 0
     for i in range(0, len(numbers), chunk_snippets):
         rows, later = numbers[i : i + chunk_snippets], numbers[i + chunk_snippets :]
         end = rows.max()
@@ -152,15 +151,13 @@ def localize(model, video, bar=False):
 
 
 def table(detections, most=10):
-    """Return the best detections as lines of text, times in seconds."""
-    if not detections:
-        return "  no detections"
-    lines = [f"  {'score':>5}  {'start':>8}  {'end':>8}  class (times in seconds)"]
-    for d in detections[:most]:
-        start, end = d["segment"]
-        score = f"{d['score']:.3f}" if d["score"] >= 0.001 else f"{d['score']:.0e}"
-        lines.append(f"  {score}  {start:8.2f}  {end:8.2f}  {d['label']}")
-    return "\n".join(lines)
+    """Return the best detections that score 0.0001 or more as lines of text, times in seconds."""
+    shown = [d for d in detections[:most] if d["score"] >= 1e-4]
+    if not shown:
+        return "no detection scores 0.0001 or more"
+    rows = [(d["label"], f"{d['score']:.3g}", *d["segment"]) for d in shown]
+    rows = [[label, score, f"{start:.2f}", f"{end:.2f}"] for label, score, start, end in rows]
+    return evaluate.markdown_table(["class", "score", "start (s)", "end (s)"], rows)
 
 
 def unique_name(path, taken):

@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -90,13 +91,15 @@ def open_media(path: str | os.PathLike) -> "JpegFrames | FrameZip | VideoFile":
     return FrameZip(path) if kind == ".zip" else VideoFile(path)
 
 
-def spellings(name: str) -> tuple[str, str]:
-    """Return both spellings of a video's name, with and without v_, its own first."""
-    return name, name[2:] if name.startswith("v_") else f"v_{name}"
+def spellings(name: str) -> list[str]:
+    """Return spellings of a video's name, its own first: v_ or none, ü as one character or two."""
+    both = [name, name[2:] if name.startswith("v_") else f"v_{name}"]
+    composed = [unicodedata.normalize(form, spelt) for form in ("NFC", "NFD") for spelt in both]
+    return list(dict.fromkeys([*both, *composed]))
 
 
 def look_up(names, table: dict) -> dict:
-    """Return {name: value} of the names that a table has, spelt with v_ or without."""
+    """Return {name: value} of the names that a table has in whichever of their spellings."""
     return {name: table[s] for name in names for s in spellings(name)[::-1] if s in table}
 
 
@@ -235,7 +238,7 @@ def open_folder(path):
     prefixes = [p for p in ("img_", "image_") if p in found][:1] or sorted(found)
     if len(prefixes) != 1:
         kinds = f"frames of several kinds, {prefixes}" if prefixes else "no frames"
-        raise InputError(f"{path} holds {kinds}: expected files img_00001.jpg ...")
+        raise InputError(f"{path} holds {kinds}: expected files img_00001.jpg ..., or a video file")
     files = found[prefixes[0]]
     first = min(files)
     times = ()
@@ -375,7 +378,7 @@ class VideoFile:
         if self.end < 0.99 * declared - 0.1:
             self.note = f"frames cover {self.end:.2f} of the {declared:.2f} s that its header tells"
             if self.end < MIN_COVERAGE * declared:
-                raise InputError(f"{path} is truncated: {self.note}; download it again")
+                raise InputError(f"{path} is truncated: {self.note}; copy it anew")
             # Annotations count on the whole video: its last frame stays on screen to the end.
             self.duration = declared
         self.num_frames = round(len(scan) * self.duration / shown_sec)
@@ -520,7 +523,7 @@ def check_coverage(path: str, decoded: int, wanted: int) -> None:
     """Raise InputError if too few of the wanted frames were decoded."""
     if decoded < MIN_COVERAGE * wanted or not decoded:
         counts = f"only {decoded} of the {wanted} frames needed decode"
-        raise InputError(f"{path} is damaged: {counts}; download it again")
+        raise InputError(f"{path} is damaged: {counts}; copy it anew")
 
 
 def _reason(error):
@@ -538,7 +541,7 @@ def scan_video(path):
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
         text, copy = _reason(error), f"-c copy {os.path.splitext(path)[0]}-remuxed.mkv"
-        problem = f"is not a valid video ({text}); download it again"
+        problem = f"is not a valid video ({text}); copy it anew"
         if "No valid video stream" in text:
             problem = "has no video stream"
         if "support seeking" in text:
@@ -548,5 +551,5 @@ def scan_video(path):
             problem = f"cannot be read: video files need {needed}"
         raise InputError(f"{path} {problem}") from None
     if not len(scan):
-        raise InputError(f"{path} has a video stream without frames; download it again")
+        raise InputError(f"{path} has a video stream without frames; copy it anew")
     return scan, stream.metadata, demuxer.metadata

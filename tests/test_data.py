@@ -319,7 +319,7 @@ def test_names_of_videos_are_those_of_their_media(tmp_path):
 )
 def test_a_bad_row_of_a_table_is_named(rows, message, tmp_path):
     path = tmp_path / "bad.csv"
-    with pytest.raises(InputError, match=rf"(?s)bad\.csv .*{message}.*expected columns video"):
+    with pytest.raises(InputError, match=rf"(?s)bad\.csv .*{message}.*expected UTF-8 columns"):
         read(path, f"video,start,end,label,subset\nz,1,2,x,t\n{rows}\n")
 
 

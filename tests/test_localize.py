@@ -277,7 +277,7 @@ def test_result_table_and_picture(runs, toys, tmp_path, capfd):
         assert f"{name}: 8.00 s, 64 frames" in printed
         assert f"{name}.png" in printed
     # A head and the best ten of each.
-    assert sum(line.startswith("  ") for line in printed.splitlines()) == 2 * (1 + 10)
+    assert sum(line.startswith("| ") for line in printed.splitlines()) == 2 * (1 + 10)
     assert "2 of 2 videos" in printed
     assert result["external_data"]["class_source"] == "video classifier of the run"
     # The same can be drawn from what lies in the folder.
@@ -411,17 +411,17 @@ def test_memory_errors_name_the_option_and_others_stay(model, toys, monkeypatch)
 def test_table():
     detections = [
         {"label": "jump", "score": 0.71, "segment": [3.5, 118.25]},
-        {"label": "a b", "score": 0.00002, "segment": [0, 4]},
+        {"label": "a b", "score": 0.0005, "segment": [0, 4]},
+        {"label": "jump", "score": 0.00002, "segment": [0, 2]},
     ]
     lines = localize.table(detections).splitlines()
-    assert [line.split() for line in lines] == [
-        ["score", "start", "end", "class", "(times", "in", "seconds)"],
-        ["0.710", "3.50", "118.25", "jump"],
-        ["2e-05", "0.00", "4.00", "a", "b"],
+    assert lines == [
+        "| class |  score | start (s) | end (s) |",
+        "|-------|-------:|----------:|--------:|",
+        "| jump  |   0.71 |      3.50 |  118.25 |",
+        "| a b   | 0.0005 |      0.00 |    4.00 |",
     ]
-    words = ("class", "jump", "a b")
-    assert len({line.index(word) for line, word in zip(lines, words, strict=True)}) == 1
-    assert localize.table([]) == "  no detections"
+    assert localize.table(detections[2:]) == "no detection scores 0.0001 or more"
 
 
 def test_a_damaged_result_is_named(runs, toys, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import wave
 import zipfile
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_what_is_not_a_video_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty.mp4").touch()
     reasons = {
         "sound.wav": "has no video stream$",
-        "text.mp4": "is not a valid video .*; download it again$",
+        "text.mp4": "is not a valid video .*; copy it anew$",
         "empty.mp4": "is not a valid video",
         "none.mp4": "",
     }
@@ -447,6 +448,15 @@ def test_names_with_control_characters_do_not_reach_the_terminal(tmp_path):
     for name in (path, b"bad\xff.mp4".decode(errors="surrogateescape")):
         with pytest.raises(InputError, match=r"^'.*(x1b\[31m|udcff)\.mp4' has .*: rename it$"):
             media.open_media(name)
+
+
+@pytest.mark.parametrize(("file", "name"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_an_umlaut_is_the_same_as_one_character_and_as_two(tmp_path, file, name):
+    path = tmp_path / f"{unicodedata.normalize(file, 'Übung 4')}.mkv"
+    path.touch()
+    name = unicodedata.normalize(name, "Übung 4")
+    assert media.find_media(tmp_path, [name]) == {name: str(path)}
+    assert media.find_media(tmp_path, [f"v_{name}"]) == {f"v_{name}": str(path)}
 
 
 def test_of_two_video_files_the_one_that_is_used_is_told(tmp_path):

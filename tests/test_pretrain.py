@@ -137,7 +137,7 @@ def test_subsets_of_an_activitynet_json_may_have_the_names_of_the_runs(videos, n
     text = path.read_text().replace('"training"', f'"{names[0]}"')
     path.write_text(text.replace('"validation"', f'"{names[1]}"'))
     assert load(subsets=names) == expected
-    with pytest.raises(InputError, match=r"no subset 'a' in the annotations"):
+    with pytest.raises(InputError, match=r"no subset 'a', only"):
         load(subsets=("a", "b"))
 
 
@@ -276,7 +276,7 @@ def test_a_csv_of_clips(folder):
         ("path,label,start\n3.zip,run,1\n3.zip,run,soon\n", "'start': 'soon'.*could not convert"),
         ("path,label,start,end\n3.zip,run,2,1\n", "'start': '2'.* start and end"),
         ("path,label,start,end\n3.zip,run,nan,1\n", "start and end"),
-        ("path,label,split\n3.zip,run,test\n", "'split': 'test'.* expected columns"),
+        ("path,label,split\n3.zip,run,test\n", "'split': 'test'.* expected .*columns"),
         ("path,label\ngone.zip,run\n", "no training clips of any class"),
         ("path,label,split\n3.zip,a,train\n3.zip,b,val\n", "no training clips of b"),
     ],

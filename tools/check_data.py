@@ -189,16 +189,15 @@ class SubsetCheck:
         self.without_duration = {v.name for v in self.videos if math.isnan(v.duration)}
         usable = self.usable["frames"] | self.usable["features"]
         unreadable = {p.video for p in self.problems if p.kind == "frames cannot be read"}
-        self.without_media = []
-        if sources.frames or sources.features:
-            self.without_media = [name for name in self.names if name not in usable]
+        given = sources.frames or sources.features
+        self.without_media = [name for name in self.names if given and name not in usable]
         for name in self.names:
             if name not in self.without_media and name in self.without_duration:
                 where = "neither annotations nor frames or features tell: set data.durations"
                 self.add(name, "no duration", where)
             elif name in self.without_media and name not in unreadable:
-                where = f"neither frames in {sources.frames} nor features in {sources.features}"
-                self.add(name, "media missing", where)
+                places = " or ".join(filter(None, [sources.frames, *sources.features]))
+                self.add(name, "media missing", f"no file of that name in {places}")
 
     def obstacles(self, log):
         """Yield what of this subset keeps training from starting."""
@@ -316,13 +315,14 @@ def describe(checks):
             videos, seconds = len(set(s["owner"][of].tolist())), s["seconds"][of].sum()
             rows[-1] += [videos, of.sum(), f"{seconds:.1f}", f"{of.sum() / max(videos, 1):.1f}"]
     yield markdown_table(rows[0], rows[1:])
+    spreads = []
     for name, s in known.items():
         if lacking := sorted(set(labels).difference(s["label"].tolist())):
             yield f"{name} lacks {len(lacking)} of {len(labels)} classes: {first_names(lacking)}"
         for title, key in SPREADS.items():
-            spread = np.quantile(s[key], (0, 0.1, 0.5, 0.9, 1)) if len(s[key]) else []
-            spread = " / ".join(f"{value:.3g}" for value in spread)
-            yield f"{name}: {title}, least / tenth / median / nine tenths / most: {spread}"
+            spread = np.quantile(s[key], (0, 0.1, 0.5, 0.9, 1)) if len(s[key]) else [math.nan] * 5
+            spreads.append([f"{name}: {title}", *(f"{value:.3g}" for value in spread)])
+    yield markdown_table(["", "least", "10 % below", "median", "90 % below", "most"], spreads)
     yield from recommend([video for subset in checks for video in subset.videos])
 
 
@@ -333,14 +333,14 @@ def recommend(videos):
         return
     classes = np.median(s["classes"][s["classes"] > 0])
     word = "segment" if classes >= 3 else "video"
-    yield f"recommended: classes={word}: the median video with actions has {classes:g}"
+    yield f"recommended: classes={word}: classes in the median video with actions: {classes:g}"
     # Fractions of a video are not exact.
     seconds, longest = np.quantile(s["seconds"], (0.1, 0.95)).round(2).clip(0.01)
     share = np.quantile(s["share"], 0.1)
-    reason = "then nine tenths of the segments cover 2 snippets"
+    reason = "nine tenths of the segments then cover 2 snippets"
     snippets = math.ceil(2 / share)
     if snippets <= 200:  # else windows
-        yield f"recommended: video.snippets={max(snippets, 32)} or more: {reason}, {share:.2%} each"
+        yield f"recommended: video.snippets={max(snippets, 32)} or more: {reason}"
     else:
         rate = math.ceil(20 / seconds) / 10
         longest = math.ceil(rate * longest)
@@ -410,7 +410,7 @@ def main(argv=None):
         problems, fatal = check(sources, args.workers)
         path = args.problems or f"{os.path.splitext(sources.annotations)[0]}.problems.txt"
         write_problems(problems, path)
-        print(f"{len(problems)} problems, listed in {path}")
+        print(f"{len(problems)} problem{'s' * (len(problems) != 1)}, listed in {path}")
         for kind, count in Counter(problem.kind for problem in problems).items():
             consequence = f" ({CONSEQUENCES[kind]})" if kind in CONSEQUENCES else ""
             print(f"  {count} x {kind}{consequence}")
