@@ -25,6 +25,9 @@ for seed in 0 1 2 3 4; do
     row acp_plus "$seed" "$frozen" pretrain.method=acp_plus "$acp"
     row acp_plus_background "$seed" "$frozen" pretrain.method=acp_plus_background "$acp"
     row lofi "$seed" "$acp"
+done
+for seed in 0 1 2 3 4; do  # the most expensive row comes last
+    acp=pretrain.pretrained=$runs/acp/$seed/pretrain/encoder.pt
     # In the memory of T: a quarter of the snippets at once, whose BatchNorm has to be frozen.
     row full "$seed" "$acp" 'lofi.fidelities=[full]' lofi.chunk_snippets=8 lofi.batchnorm=frozen
 done
