@@ -294,18 +294,6 @@ def targets_of(segments, labels, classes):
     return {"segments": segments, "labels": labels, "target": target / target.sum().clamp(min=1)}
 
 
-def check_segments(subsets, train=None, val=None, needs=None):
-    """Raise InputError if no run can use the segments of subset `train`, which needs a usable one,
-    or `val`, where NaN stops the evaluation; needs: why it must have some."""
-    if train in subsets and not class_names(subsets[train]):
-        raise InputError(f"subset {train} has no usable segment (start < end, within its video)")
-    if needs and val in subsets and not any(video.labels for video in subsets[val]):
-        raise InputError(f"{needs}, but subset {val} has no segments")
-    bad = [v.name for v in subsets.get(val, []) if not np.isfinite(v.segments).all()]
-    if bad:
-        raise InputError(f"subset {val}: NaN or infinite segments in {first_names(bad)}: fix them")
-
-
 def list_hash(names):
     """Return a hash of a list of videos, in any order."""
     return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
@@ -452,16 +440,6 @@ class Fidelity(NamedTuple):
 
 # Features as long as they are on disk, in batches of one video.
 NATIVE = Fidelity("native", None, None)
-
-
-def fidelities(full: Fidelity, sizes: dict[str, list[int]]) -> dict[str, Fidelity]:
-    """Return {name: Fidelity} for {name: [snippets, pixels]}, with `full` (LoFi, section 3.2)."""
-    for name, size in sizes.items():
-        whole = len(size) == 2 and all(isinstance(x, int) and x >= 1 for x in size)
-        if not whole or size[0] > full.snippets or size[1] > full.size:
-            expected = f"[snippets, pixels] from 1 to {list(full[1:])}"
-            raise InputError(f"fidelities.{name} is {size}, expected {expected}")
-    return {"full": full} | {name: Fidelity(name, *size) for name, size in sizes.items()}
 
 
 @dataclass
