@@ -48,15 +48,13 @@ STAGES = {
 }
 
 # Who made the classes of a run's detections, by cfg.classes.
-CLASS_SOURCES = {
-    "video": "video classifier of the run",
-    "segment": "segments, classifier of the run",
-}
+CLASS_SOURCES = {"video": "video classifier of the run"}
+CLASS_SOURCES["segment"] = "segments, classifier of the run"
 
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every", "tensorboard"}
-COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
-COST_KEYS |= {"features.chunk_snippets"}
+COST_KEYS = {f"{block}.chunk_snippets" for block in ("lofi", "features")}
+COST_KEYS |= {"lofi.accumulate", "encoder.recompute"}
 
 # One class for what a user can mend, repeated in the files that can be copied alone.
 INPUT_ERRORS = (InputError, *(m.InputError for m in (tsm, video_encoders, evaluate, sola)))
@@ -78,12 +76,12 @@ def one_line_errors(program):
         yield
     except INPUT_ERRORS as error:
         sys.exit(f"{program}: {error!s:.3000}")
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        sys.exit(f"{program}: no other process answers, did torchrun end? ({error!s:.300})")
     except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        if type(error).__name__ in ("DistNetworkError", "DistStoreError"):
-            sys.exit(f"{program}: no other process answers, did torchrun end? ({first_line:.300})")
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
+        first_line = str(error).partition("\n")[0]
         sys.exit(f"{program}: out of memory: {first_line}\n{OUT_OF_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; rerun the same command to resume")
@@ -387,13 +385,16 @@ def _check_files(cfg, values, todo):
         word = values[key] in (None, "random", "torchvision", "own", "ground_truth")
         if stage in todo and not word and not os.path.isfile(values[key]):
             raise InputError(f"no file {values[key]} (config key {key})")
-    # The last stage reads them by rules of its own: now, not after days of training.
     if "detect" in todo and val in subsets:
+        source, scored = cfg.detect.class_scores, any(video.labels for video in subsets[val])
+        if not scored and (isinstance(cfg.head.lr, list) or source == "ground_truth"):
+            words = "needed by a list as head.lr and detect.class_scores=ground_truth"
+            raise InputError(f"subset {val} has no segments, {words}")
+        # The last stage reads them by rules of its own: now, not after days of training.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             class_scores(cfg, subsets[val])
-            # A list of learning rates has to be compared, else a subset may be without segments.
-            if isinstance(cfg.head.lr, list) or any(video.labels for video in subsets[val]):
+            if scored:
                 evaluate.evaluate(ground_truth(cfg), {"results": {}}, subset=val)
 
 
@@ -435,15 +436,18 @@ def run_fidelities(cfg):
     return {name: data.Fidelity(name, *size) for name, size in sizes.items()}
 
 
-def load_videos(cfg, split, source, kind, log=print):
-    """Return the videos of split "train" or "val" that have `kind` ("frames" or "features")."""
+def frame_settings(cfg):
+    """Return what frames should be prepared for, as the video.json of a ZIP tells it."""
     video = cfg.video
     settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
-    if not video.rate:
-        settings["snippets"] = video.snippets
-    subsets, subset = read_annotations(cfg), cfg.data[f"{split}_subset"]
-    known = {"durations": cfg.data.durations, "frames": cfg.data.frames, "settings": settings}
-    return data.select_videos(subsets, subset, source, kind, log, **known)
+    return settings if video.rate else settings | {"snippets": video.snippets}
+
+
+def load_videos(cfg, split, source, kind, log=print):
+    """Return the videos of split "train" or "val" that have `kind` ("frames" or "features")."""
+    known = {"durations": cfg.data.durations, "frames": cfg.data.frames}
+    known |= {"settings": frame_settings(cfg), "subset": cfg.data[f"{split}_subset"]}
+    return data.select_videos(read_annotations(cfg), source=source, kind=kind, log=log, **known)
 
 
 def video_dataset(cfg, split, log=print, train=False):
@@ -566,7 +570,7 @@ def stage_inputs(cfg, run, stage):
     return inputs
 
 
-def check_inputs(cfg, run, pending, log):
+def check_inputs(cfg, run, pending):
     """Raise InputError if a stage, finished or begun, was made from what is not there any more."""
     missing = None
     for stage in (s for s in STAGES if s in cfg.stages):
@@ -580,13 +584,8 @@ def check_inputs(cfg, run, pending, log):
         if not os.path.exists(noted) or not (is_begun(to_remove) or os.path.isfile(to_remove)):
             continue
         was, now = load_json(noted), stage_inputs(cfg, run, stage)
-        for key in was.keys() | now.keys():
-            old, new = was.get(key), now.get(key)
-            alike = {type(old), type(new)} == {dict} and old | {"times": 0} == new | {"times": 0}
-            if alike and old != new:
-                log(f"stage {stage}: its features have other times than before, the same content")
-            elif old != new:
-                raise InputError(f"stage {stage} is out of date: its {key} changed; {remedy}")
+        if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
+            raise InputError(f"stage {stage} is out of date: its {changed[0]} changed; {remedy}")
 
 
 def is_begun(folder):
@@ -603,9 +602,8 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         run.lock()
     remedy = "name another folder with --set out=..., or remove that one yourself"
     exists = os.path.exists(run.config)
-    made = [f"{cfg.out}/{stage}" for stage in STAGES]
-    foreign = [p for p in (*made, run.proposals, run.result, run.metrics) if os.path.exists(p)]
-    if foreign and not exists:
+    made = [f"{cfg.out}/{name}" for name in (*STAGES, "proposals.json", "result.json")]
+    if not exists and (foreign := [p for p in (*made, run.metrics) if os.path.exists(p)]):
         raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
     if exists and is_begun(cfg.out):
@@ -615,7 +613,7 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         # What was once made stays in the record.
         cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
     if ddp.is_main:
-        check_inputs(cfg, run, pending, ddp.log)
+        check_inputs(cfg, run, pending)
         if exists:
             checkpoint.remove_stale_parts(cfg.out)
         versions = {"git": git_commit(), "python": sys.version.split()[0]}

@@ -194,7 +194,7 @@ def test_a_duplicate_video_is_named(tmp_path):
     video = json.dumps(entry())
     text = f'{{"database": {{"v": {video}, "w": {video}, "v": {video}}}}}'
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(InputError, match=r"bad\.json .*duplicate key 'v'"):
+    with pytest.raises(evaluate.InputError, match=r"bad\.json .*duplicate key 'v'"):
         data.load_annotations(str(tmp_path / "bad.json"))
 
 
@@ -830,7 +830,7 @@ def test_a_message_is_short_and_both_readers_refuse_the_same_encodings(tmp_path)
         data.fill_durations([make_video("v", math.nan)], str(path))
     assert len(str(error.value)) < 1000
     path.write_text(json.dumps({"database": {}}), encoding="utf-16")
-    with pytest.raises(InputError, match=r"d\.json is not valid"):
+    with pytest.raises(evaluate.InputError, match=r"d\.json cannot be read as JSON"):
         data.load_annotations(str(path))
 
 
