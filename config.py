@@ -32,7 +32,7 @@ import sola
 import tsm
 import video_encoders
 from checkpoint import RunFolder, load_json, save_json
-from media import InputError
+from media import FrameZip, InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT = f"{HERE}/configs/default.yaml"
@@ -218,12 +218,11 @@ def from_command_line(description, argv=None):
 def saved_config(folder):
     """Return the Config of a run's folder."""
     path = RunFolder(folder).config
-    if not os.path.isfile(path):
-        raise InputError(f"no {path}: name the folder of a run, such as runs/toy-0/lofi")
     try:
         return merge(_read_yaml(DEFAULT), load_json(path))
     except INPUT_ERRORS as error:
-        raise InputError(f"{path} is not the config of a run: {error}") from None
+        remedy = "name the folder of a run, such as runs/toy-0/lofi"
+        raise InputError(f"{path} is not the config of a run: {error}; {remedy}") from None
 
 
 def flatten(cfg, where=""):
@@ -304,10 +303,11 @@ def _rules_of_one(values):
             yield key, value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
         elif _kind(numbers) == _kind([0]):
             whole = isinstance(default[0], int)
-            least = 0 if name in MAY_BE_ZERO or default[0] == 0 else math.ulp(0)
+            zero = name in MAY_BE_ZERO or default[0] == 0
             most = 1 if name in AT_MOST_1 else sys.float_info.max
-            holds = all(least <= x <= most and (isinstance(x, int) or not whole) for x in numbers)
-            expected = f"{'whole ' * whole}numbers {'above' if least else 'of at least'} 0"
+            holds = all(0 <= x <= most and (x or zero) for x in numbers)
+            holds = holds and (not whole or all(isinstance(x, int) for x in numbers))
+            expected = f"{'whole ' * whole}numbers {'of at least' if zero else 'above'} 0"
             expected += ", at most 1" * (most == 1)
             if len(default) == 2:  # a pair stays one
                 holds, expected = holds and len(numbers) == 2, f"two {expected}"
@@ -563,10 +563,8 @@ def stage_inputs(cfg, run, stage):
         names = [video.name for video in videos]
         sources = data.as_list(feature_source(cfg, run, raw=stage == "sola"))
         found = itertools.chain(*(data.find_features(s, names).values() for s in sources))
-        # One HDF5 file may hold all videos.
-        inputs["features"] = checkpoint.files_fingerprint(
-            list(dict.fromkeys(map(data.feature_file, found)))
-        )
+        files = dict.fromkeys(path.partition("::")[0] for path in found)  # HDF5: one of all videos
+        inputs["features"] = checkpoint.files_fingerprint([*files])
     return inputs
 
 
@@ -668,7 +666,10 @@ def save_feature_info(cfg, run, weights, datasets, seconds):
     info["snippet_stride_sec"] = 1 / video.rate if video.rate else "duration_sec / snippets"
     info["snippet_window_frames"] = video.frames_per_snippet * video.stride
     info["seconds"] = seconds + checkpoint.seconds_of(weights)
-    info["videos"] = data.describe_videos([v for dataset in datasets for v in dataset.videos])
+    info["videos"] = {}
+    for v in itertools.chain(*(dataset.videos for dataset in datasets)):
+        fps = FrameZip(v.path).fps if v.path.endswith(".zip") else None  # reading would tell
+        info["videos"][v.name] = {"duration_sec": v.duration, "fps": fps}
     save_json(info, f"{run.features}/features.json")
 
 

@@ -417,12 +417,6 @@ def _media_duration(path):
         return media.open_media(path).duration
 
 
-def describe_videos(videos):
-    """Return {name: {"duration_sec", "fps"}}; fps is None where only reading all would tell."""
-    fps = {v.name: media.FrameZip(v.path).fps for v in videos if (v.path or "").endswith(".zip")}
-    return {v.name: {"duration_sec": v.duration, "fps": fps.get(v.name)} for v in videos}
-
-
 class Fidelity(NamedTuple):
     """Temporal and spatial resolution of a batch: L snippets of size x size pixels."""
 
@@ -614,7 +608,7 @@ def _open_hdf5(path):
 
 def find_features(source, names):
     """Return {name: path} of the videos that have features: SOURCE/VIDEO.npy, .h5 or .hdf5, or
-    FILE/VIDEO in one HDF5 file."""
+    FILE::VIDEO in one HDF5 file."""
     found = {}
     if os.path.isdir(source):
         # In this order an .npy file is the one that stays.
@@ -625,22 +619,15 @@ def find_features(source, names):
         with _open_hdf5(source) as file:
             # Names may have slashes, which HDF5 takes for groups.
             keys = [key for name in names for key in media.spellings(name) if key in file]
-            found = {key: f"{source}/{key}" for key in keys}
+            found = {key: f"{source}::{key}" for key in keys}
     return media.look_up(names, found)
-
-
-def feature_file(path):
-    """Return the file on disk of a path of find_features."""
-    while not os.path.isfile(path) and os.path.dirname(path) not in ("", path):
-        path = os.path.dirname(path)
-    return path
 
 
 def _read_hdf5(path, values):
     # Opened for each video: workers must not share a file that was open at their fork.
-    file_path = feature_file(path)
-    with _open_hdf5(file_path) as file:
-        node = file[path[len(file_path) + 1 :] or "/"]
+    path, _, key = path.partition("::")
+    with _open_hdf5(path) as file:
+        node = file[key or "/"]
         for depth in range(8):  # a group may hold itself
             if hasattr(node, "keys") and (len(node) != 1 or depth == 7):
                 raise ValueError(f"a group of {len(node)} within {depth} groups, not an array")
@@ -656,18 +643,13 @@ def read_features(path, values=True):
     values: False: only the shape is wanted; those of an HDF5 file are then zeros.
     """
     try:
-        if path.endswith(".npy"):
-            features = np.load(path, mmap_mode="r")
-        else:
-            features = _read_hdf5(path, values)
-        if not isinstance(features, np.ndarray):
-            raise ValueError(f"a {type(features).__name__} instead of one array")
+        is_npy = path.endswith(".npy")
+        features = np.load(path, mmap_mode="r") if is_npy else _read_hdf5(path, values)
+        if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
+            raise ValueError(f"shape {features.shape}, {features.dtype}")
     except Exception as error:  # a damaged file makes numpy raise almost anything
-        reason = f"({error}): expected an .npy or HDF5 array (L, C)"
-        raise InputError(f"{path} cannot be read {reason}") from None
-    if features.ndim != 2 or not len(features) or not np.issubdtype(features.dtype, np.floating):
-        got = f"shape {features.shape}, {features.dtype}"
-        raise InputError(f"{path} has {got}; expected floating-point features (L, C)")
+        expected = "expected floating-point features (L, C), .npy or HDF5"
+        raise InputError(f"{path} cannot be read ({error}); {expected}") from None
     return features
 
 
@@ -872,8 +854,6 @@ def windows_with_segments(videos, counts, length, least=0.5):
 
 # ----------------------------------------------------------------------------------------- loading
 
-SHARED_MEMORY_FULL = "/dev/shm is full: start Docker with --shm-size=16g or set data.workers=0"
-
 
 def collate(samples: list[dict]) -> dict:
     """Return a batch: tensors are stacked, numbers become a tensor, names and segments lists."""
@@ -930,7 +910,8 @@ class BatchLoader(DataLoader):
         except RuntimeError as error:
             killed_by = [-p.exitcode for p in self.processes if (p.exitcode or 0) < 0]
             if signal.SIGBUS in killed_by or "shared memory" in str(error):
-                raise InputError(SHARED_MEMORY_FULL) from None
+                remedy = "start Docker with --shm-size=16g or set data.workers=0"
+                raise InputError(f"/dev/shm is full: {remedy}") from None
             if killed_by:
                 worker = f"a data loading worker was killed ({signal.Signals(killed_by[0]).name})"
                 raise InputError(f"{worker}; out of memory? set data.workers lower") from None

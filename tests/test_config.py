@@ -398,7 +398,7 @@ def test_a_run_belongs_to_one_config(tmp_path):
     for stages in ("[pretrain, features]", "[pretrain, lofi, features, head, sola]"):
         with pytest.raises(InputError, match="stages"):
             open_run(f"stages={stages}")
-    with pytest.raises(InputError, match=r"no .*config\.json: name the folder of a run"):
+    with pytest.raises(InputError, match=r"config\.json .*No such file.*name the folder of a"):
         config.saved_config(tmp_path)
 
 

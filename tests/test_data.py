@@ -163,7 +163,7 @@ def test_foreign_feature_files_are_named(tmp_path):
     (tmp_path / "negative.npy").write_bytes(header.ljust(79) + b"\n" + bytes(64))
     np.save(tmp_path / "text.npy", np.array([["a"]]))
     for name in ("z", "negative", "text"):
-        with pytest.raises(InputError, match=rf"{name}\.npy (cannot be read|has shape)"):
+        with pytest.raises(InputError, match=rf"{name}\.npy cannot be read"):
             data.read_features(f"{tmp_path}/{name}.npy")
     np.save(tmp_path / "huge.npy", np.full((2, 3), 1e300))
     with pytest.raises(InputError, match=r"huge\.npy has NaN or infinite"):
@@ -180,11 +180,10 @@ def test_foreign_hdf5_files_are_named(tmp_path):
         file.create_dataset("vast", (10**6, 10**6), "f4", chunks=(1000, 1000))
         file["folder/v"] = np.ones((4, 3), np.float32)
     for key in ("text", "loop", "vast", "soft"):
-        with pytest.raises(InputError, match=rf"{key} (cannot be read|has shape)"):
-            data.read_features(f"{tmp_path}/f.h5/{key}")
+        with pytest.raises(InputError, match=rf"{key} cannot be read"):
+            data.read_features(f"{tmp_path}/f.h5::{key}")
     found = data.find_features(f"{tmp_path}/f.h5", ["folder/v", "none"])
     assert data.read_features(found["folder/v"]).shape == (4, 3) and len(found) == 1
-    assert data.feature_file(found["folder/v"]) == f"{tmp_path}/f.h5"
     # Where only the shape is wanted, nothing is read and nothing held.
     shape = data.read_features(found["folder/v"], values=False)
     assert shape.shape == (4, 3) and shape.strides == (0, 0)
@@ -397,11 +396,9 @@ def test_names_may_be_spelt_with_v_or_without(tmp_path):
     videos = data.select_videos(subsets, "training", str(tmp_path), "frames")
     files = [(video.name, os.path.basename(video.path)) for video in videos]
     assert files == [("a", "v_a.zip"), ("v_b", "b.zip")]
-    assert data.describe_videos(videos)["v_b"] == {"duration_sec": 10.0, "fps": 8}
     videos = data.select_videos(subsets, "training", str(tmp_path), "features")
     dataset = data.FeatureDataset(videos, str(tmp_path), [])
     assert [dataset[i, data.NATIVE]["name"] for i in range(2)] == ["a", "v_b"]
-    assert data.describe_videos(videos)["v_b"] == {"duration_sec": 10.0, "fps": None}
 
 
 def test_a_video_in_two_subsets_is_told(tmp_path):
@@ -778,7 +775,7 @@ def test_odd_feature_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "torn.h5").write_bytes(b"no HDF5")
     messages = {
         r"line\.npy": r"shape \(5,\)",
-        r"whole\.npy": "int64; expected floating-point features",
+        r"whole\.npy": "int64.*; expected floating-point features",
         r"none\.npy": r"shape \(0, 2\)",
         r"two\.h5": "a group of 2 within 0 groups, not an array",
         r"soft\.h5": "a group of 1 within 7 groups, not an array",
