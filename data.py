@@ -437,7 +437,8 @@ class CyclicFidelitySampler:
     `cycle_length` epochs ("epoch", the paper's long cycle, c_l) or batches ("batch", the short one,
     c_s); None: 1 epoch or 16 batches, as in the paper. batch_size: over all ranks, which have the
     same fidelity at the same step. group_size: so many consecutive samples stay together. Each
-    video comes once an epoch, up to padding of the last batch with the epoch's first ones.
+    video comes once an epoch, up to padding of the last batch with the epoch's first ones. Indices
+    go on over epochs, epoch * num_videos + i: what is random in a sample is drawn by its index.
     """
 
     num_videos: int
@@ -480,8 +481,8 @@ class CyclicFidelitySampler:
         for step in range(self.first_step, self.steps_per_epoch):
             fidelity = self.fidelity(self.epoch, step)
             first = step * self.batch_size + self.rank * per_rank
-            places = range(first, first + per_rank)
-            yield [(order[k % self.num_videos], fidelity) for k in places]
+            indices = [order[k % self.num_videos] for k in range(first, first + per_rank)]
+            yield [(self.epoch * self.num_videos + i, fidelity) for i in indices]
 
 
 def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
@@ -541,8 +542,6 @@ class VideoDataset:
 
     def __post_init__(self):
         self.full = Fidelity("full", self.snippets, self.size)
-        # In shared memory, where loader workers see it change.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.counts = [self.snippets] * len(self.videos)
         if self.rate:
             self.counts = [max(round(video.duration * self.rate), 1) for video in self.videos]
@@ -557,20 +556,18 @@ class VideoDataset:
     def subset(self, indices) -> "VideoDataset":
         return replace(self, videos=[self.videos[i] for i in indices])
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
-
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, pair):
         index, fidelity = pair
+        epoch, index = divmod(index, len(self))
         i, first = self.items[index]
         video, count = self.videos[i], self.counts[i]
         segments, labels = video.actions
         shift, corner, flip = 0.0, (0.5, 0.5), False
         if self.train:
-            rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
+            rng = np.random.default_rng(seed_of(self.seed, "view", epoch, index))
             shift, corner = rng.choice([0.0, 0.5]), tuple(rng.random(2).tolist())
             flip = self.flip and rng.random() < 0.5
         source = media.open_media(video.path)
@@ -721,9 +718,6 @@ class FeatureDataset:
         other.paths = [[paths[i] for i in indices] for paths in self.paths]
         return other
 
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: there is no augmentation."""
-
     def __len__(self):
         return len(self.items if self.window else self.videos)
 
@@ -747,6 +741,7 @@ class FeatureDataset:
 
     def __getitem__(self, pair):
         index, fidelity = pair
+        index %= len(self)
         if self.window:
             i, first = self.items[index]
             x = self.features(i, rows=slice(first, first + self.window))
@@ -791,7 +786,6 @@ class SubsequenceDataset:
         self.length = length
         self.per_video = per_video
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.counts = [features.num_snippets(i) for i in range(len(features))]
         self.kept = [i for i, count in enumerate(self.counts) if count >= length]
         self.left_out = [self.videos[i].name for i, n in enumerate(self.counts) if n < length]
@@ -801,14 +795,13 @@ class SubsequenceDataset:
         cached = 4e-9 * sum(self.counts) * features.channels <= cache_gb
         self.cache = {i: features.features(i) for i in self.kept} if cached else {}
 
-    set_epoch = VideoDataset.set_epoch
-
     def __len__(self):
         return len(self.kept) * self.per_video
 
     def __getitem__(self, pair):
-        i = self.kept[pair[0] % len(self.kept)]
-        key = seed_of(self.seed, "subsequence", int(self.epoch), pair[0])
+        epoch, index = divmod(pair[0], len(self))
+        i = self.kept[index % len(self.kept)]
+        key = seed_of(self.seed, "subsequence", epoch, index)
         generator = torch.Generator().manual_seed(key)
         start = sample_subsequences([self.counts[i]], self.length, generator=generator).item()
         rows = slice(start, start + self.length)

@@ -102,8 +102,7 @@ def loader(path, duration):
     dataset = data.VideoDataset([video], train=True, **VIDEO)
 
     def load(fidelity, seed):
-        dataset.set_epoch(seed)
-        return data.collate([dataset[0, fidelity]])["frames"]
+        return data.collate([dataset[seed, fidelity]])["frames"]  # of one video an epoch
 
     return load
 

@@ -46,17 +46,13 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, n=20, mark="row"):
         self.x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
         self.videos = [data.Video(f"{mark}{i}", 1.0, np.zeros((0, 2)), ()) for i in range(n)]
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch):
-        self.epoch.fill_(epoch)
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, pair):
-        i, _ = pair
-        generator = torch.Generator().manual_seed(data.seed_of(int(self.epoch), i))
+        epoch, i = divmod(pair[0], len(self.x))
+        generator = torch.Generator().manual_seed(data.seed_of(epoch, i))
         x = self.x[i] + 0.1 * torch.randn(3, generator=generator)
         return {"name": self.videos[i].name, "x": x, "y": self.x[i].sum()}
 

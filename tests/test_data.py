@@ -509,10 +509,12 @@ def test_the_cycle_moves_with_epochs_or_with_batches():
 def test_every_video_once_an_epoch_up_to_padding():
     sampler = data.CyclicFidelitySampler(10, 4, [S])
     first, second = epoch_of(sampler, 0), epoch_of(sampler, 1)
-    indices = [i for batch in first for i, _ in batch]
+    indices, later = ([i for batch in batches for i, _ in batch] for batches in (first, second))
     assert len(first) == len(sampler) == sampler.steps_per_epoch == 3
     assert sorted(indices[:10]) == list(range(10)) and indices[10:] == indices[:2]
-    assert first != second and first == epoch_of(data.CyclicFidelitySampler(10, 4, [S]), 0)
+    # Indices go on over epochs.
+    assert sorted(later[:10]) == list(range(10, 20)) and [i - 10 for i in later] != indices
+    assert first == epoch_of(data.CyclicFidelitySampler(10, 4, [S]), 0)
     assert first != epoch_of(data.CyclicFidelitySampler(10, 4, [S], seed=1), 0)
     # fewer videos than a batch
     few = data.CyclicFidelitySampler(2, 5, [S])
@@ -598,8 +600,7 @@ def test_views_are_random_by_epoch_and_video_and_the_same_again(tmp_path):
     dataset = video_dataset(videos, train=True, **small)
 
     def view(epoch, index):
-        dataset.set_epoch(epoch)
-        frames = dataset[index, dataset.full]["frames"]
+        frames = dataset[epoch * len(dataset) + index, dataset.full]["frames"]
         # one crop and flip for all frames of the video
         assert (frames.float() - frames[:1, :1].float()).abs().max() < 1
         return frames
@@ -637,11 +638,9 @@ def test_samples_of_folders_and_of_zips_with_copies_agree(tmp_path):
     )
     sizes = {"full": [8, 56], "S": [8, 28], "T": [2, 56], "ST": [4, 40]}
     for epoch in range(3):
-        folder.set_epoch(epoch)
-        prepared.set_epoch(epoch)
         for name, size in sizes.items():
             fidelity = data.Fidelity(name, *size)
-            a, b = (d[0, fidelity]["frames"].float() for d in (folder, prepared))
+            a, b = (d[epoch, fidelity]["frames"].float() for d in (folder, prepared))
             assert a.shape == (fidelity.snippets, 4, 3, fidelity.size, fidelity.size)
             # two levels are a pixel: of corners
             assert a.shape == b.shape and (a - b).abs().mean() < 3
@@ -852,12 +851,12 @@ def test_subsequences_follow_seed_epoch_and_index_alone(tmp_path):
         starts = range(whole.shape[1] - 22)
         assert any(torch.equal(x, whole[:, start : start + 23]) for start in starts)
 
-    def all_of(dataset):
-        return torch.stack([dataset[i, data.NATIVE]["features"] for i in range(len(dataset))])
+    def all_of(dataset, epoch=0):
+        indices = range(epoch * len(dataset), (epoch + 1) * len(dataset))
+        return torch.stack([dataset[i, data.NATIVE]["features"] for i in indices])
 
     first = all_of(one)
-    one.set_epoch(1)
-    assert not torch.equal(first, all_of(one)) and not torch.equal(first, all_of(other))
+    assert not torch.equal(first, all_of(one, 1)) and not torch.equal(first, all_of(other))
     # the third video, c: uniform over the starts that fit
     generator = torch.Generator().manual_seed(data.seed_of(1, "subsequence", 0, 2))
     start = int(torch.rand(1, generator=generator, dtype=torch.float64) * (47 - 23 + 1))
