@@ -160,7 +160,7 @@ def _kinds(key, default):
     """Return the kinds of values that a key may have."""
     usual = _kind(NUMBERS.get(key, "") if default is None else default)
     kinds = [usual, f"a list, each {usual}"] if key in LISTS else [usual]
-    return [*kinds, "null"] if default is None or isinstance(default, str) else kinds
+    return [*kinds, "null"] if default is None else kinds
 
 
 def merge(base, changes, where="", kinds=None):
@@ -197,7 +197,7 @@ def load_config(path, overrides=()):
             raise InputError(f"--set {override:.80}: expected key.sub=value")
         change = _parse_yaml(text, f"--set {override:.80}")
         # A folder called 5 or 2024-01-15 is text, in which YAML reads a number or a date.
-        if isinstance(defaults.get(key), str) and change is not None:
+        if isinstance(defaults.get(key), str):
             change = text
         for part in reversed(key.split(".")):
             change = {part: change}
@@ -301,6 +301,8 @@ def _rules_of_one(values):
         default, numbers = data.as_list(usual[key]), data.as_list(value)
         if name in CHOICES:
             yield key, value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
+        elif value == "":
+            yield key, False, "text"
         elif _kind(numbers) == _kind([0]):
             whole = isinstance(default[0], int)
             zero = name in MAY_BE_ZERO or default[0] == 0
@@ -320,9 +322,6 @@ def _rules(cfg, pending):
     stages = [s for s in STAGES if not elsewhere or s not in ("lofi", "features")]
     words = f"some of {', '.join(STAGES)}; not lofi or features if data.features is set"
     yield "stages", all(s in stages for s in cfg.stages), words
-    yield "out", cfg.out, "a folder"
-    yield "data.annotations", cfg.data.annotations, "a file"
-    yield "data.frames", cfg.data.frames or not reads_frames(cfg, pending), "a folder"
     words = "true with video.rate, false without, for features of the run's own"
     yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()

@@ -344,19 +344,16 @@ def select_videos(
     videos = [replace(v, path=paths[v.name]) for v in subsets[subset] if v.name in paths]
     videos = fill_durations(videos, durations, sources if kind == "features" else (), frame_paths)
     untimed = [video.name for video in videos if math.isnan(video.duration)]
-    lacks = {f"no {kind} in {' and '.join(sources)}": [n for n in names if n not in paths]}
+    missing = [name for name in names if name not in paths]
+    lacks = {f"no {kind} in {' and '.join(map(str, sources))}": missing}
     lacks["no duration (set data.durations to a JSON {video: seconds})"] = untimed
-    reasons = [
-        f"{len(out)} of {len(names)} videos have {lack} and are left out: {first_names(out)}"
-        for lack, out in lacks.items()
-        if out
-    ]
-    message = f"{subset}: {'; '.join(reasons)}"
+    text = "{} of {} videos have {} and are left out: {}".format
+    reasons = [text(len(x), len(names), lack, first_names(x)) for lack, x in lacks.items() if x]
     videos = [video for video in videos if not math.isnan(video.duration)]
     if not videos:
-        raise InputError(message)
+        raise InputError(f"{subset}: {'; '.join(reasons)}")
     if reasons:
-        log(message)
+        log(f"{subset}: {'; '.join(reasons)}")
     others = {v.name for other in subsets if other != subset for v in subsets[other]}
     if twice := [v.name for v in videos if not others.isdisjoint(media.spellings(v.name))]:
         log(f"{subset}: {first_names(twice)} also in another subset, with v_ or without")
@@ -454,8 +451,7 @@ class CyclicFidelitySampler:
     def __post_init__(self):
         for total, part in (self.num_videos, self.group_size), (self.batch_size, self.world_size):
             if total < 1 or total % part:
-                sizes = f"{self.num_videos} samples, batch size {self.batch_size}"
-                raise InputError(f"{sizes}: {total} does not divide by {part}")
+                raise InputError(f"{self}: {total} does not divide by {part}")
         self.cycle_length = self.cycle_length or {"epoch": 1, "batch": 16}[self.cycle]
         self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
         self.set_epoch(0)
