@@ -87,17 +87,14 @@ def save_weights(model, path, **metadata):
 
 
 def files_fingerprint(paths):
-    """Return what tells files from others: names, sizes and the first MB of up to 16, and times."""
-    content, times = blake2b(digest_size=8), blake2b(digest_size=8)
-    picked = set(np.linspace(0, len(paths) - 1, min(len(paths), 16)).round().astype(int).tolist())
-    for i, path in enumerate(paths):
-        status = os.stat(path)
-        content.update(f"{os.path.basename(path)} {status.st_size}\n".encode())
-        times.update(f"{status.st_mtime_ns}\n".encode())
-        if i in picked:
-            with open(path, "rb") as file:
-                content.update(file.read(2**20))
-    return {"count": len(paths), "content": content.hexdigest(), "times": times.hexdigest()}
+    """Return what tells files from others: names and sizes, and the first MB of up to 16."""
+    digest = blake2b(digest_size=8)
+    for path in paths:
+        digest.update(f"{os.path.basename(path)} {os.path.getsize(path)}\n".encode())
+    for i in np.linspace(0, len(paths) - 1, min(len(paths), 16)).round().astype(int):
+        with open(paths[i], "rb") as file:
+            digest.update(file.read(2**20))
+    return {"count": len(paths), "content": digest.hexdigest()}
 
 
 def seconds_of(path):
@@ -109,13 +106,10 @@ def seconds_of(path):
 def remove_stale_parts(folder, host=""):
     """Remove what killed processes of this program were writing in this folder of ours: files of a
     run, or with `host`, as in write_atomic, frame ZIPs that this machine prepared."""
-    words = "accuracy|annotations|checkpoint|config|encoder|features|head|inputs|metrics|proposals"
-    words = rf"(.+/)?({words}|result|search|seconds|sola|versions)\.(jsonl?|pt)"
-    kinds = r"[^/]+\.zip" if host else rf"{words}|(sola/)?features/.+\.npy"
-    name = re.compile(rf"({kinds})\.part-{re.escape(host)}(?P<pid>\d+)")
-    for part in list(pathlib.Path(folder).rglob("*.part-*")):
-        ours = name.fullmatch(part.relative_to(folder).as_posix())
-        if ours and not is_alive(int(ours["pid"])):
+    suffixes = (".zip",) if host else (".json", ".jsonl", ".pt", ".npy")
+    for part in list(pathlib.Path(folder).rglob(f"*.part-{host}*")):
+        name, _, pid = part.name.rpartition(f".part-{host}")
+        if name.endswith(suffixes) and pid.isdigit() and not is_alive(int(pid)):
             part.unlink()
 
 
@@ -163,8 +157,8 @@ class Progress:
     """Keep and show where a training stands: an epoch, the steps done in it, their losses.
 
     Below cfg.out/name the main process writes checkpoint.pt, with all that a resumed training
-    needs, and metrics.jsonl, a line an epoch. In a terminal an epoch is a bar, elsewhere a line of
-    the log every cfg.log_every steps; with cfg.tensorboard the same numbers are scalars, too.
+    needs, and metrics.jsonl, a line an epoch. An epoch is a bar in a terminal, and a line of the
+    log every cfg.log_every steps; with cfg.tensorboard the same numbers are scalars, too.
     `started` lies back as far as all starts together took.
     """
 
@@ -226,14 +220,13 @@ class Progress:
             # A killed start may have written more steps than its checkpoint has: they come again.
             done = self.epoch * self.steps + self.step
             self.writer = SummaryWriter(self.folder, purge_step=done + 1)
-        silent = not (self.ddp.is_main and sys.stderr.isatty())
-        where = {"total": self.steps, "initial": self.step, "unit": "step"}
-        self.bar = tqdm(desc=self.title, leave=False, disable=silent, **where)
 
     def batches(self, loader):
         """Yield the batches of a loader; `wait` is how long this process waited for the last."""
+        silent = not (self.ddp.is_main and sys.stderr.isatty())
+        where = {"total": self.steps, "initial": self.step, "unit": "step"}
         asked = time.monotonic()
-        for batch in loader:
+        for batch in tqdm(loader, self.title, leave=False, disable=silent, **where):
             self.wait = time.monotonic() - asked
             yield batch
             asked = time.monotonic()
@@ -253,23 +246,17 @@ class Progress:
         for term, value in losses.items():
             self.sums[term] = self.sums.get(term, 0.0) + value
         self.step += 1
-        self.bar.update()
         first = (self.epoch, self.step) == (0, 1)  # it tells the memory that the stage will take
-        due = first or (self.step % self.log_every == 0 and self.step < self.steps)
-        if due or not self.bar.disable:
-            _, line = self._measure(self.sampler.fidelity(self.epoch, self.step - 1).name, due)
-            self.bar.set_postfix_str(line, refresh=False)
-            if self.bar.disable:
-                self.ddp.log(f"{self.title}, step {self.step}/{self.steps}: {line}")
+        if first or (self.step % self.log_every == 0 and self.step < self.steps):
+            fidelity = self.sampler.fidelity(self.epoch, self.step - 1).name
+            self._measure(f"{self.title}, step {self.step}/{self.steps}", fidelity)
 
     def end_epoch(self):
         """Close an epoch: a line of the log and of metrics.jsonl, and a checkpoint."""
-        self.bar.close()
         cycles = self.sampler.cycle == "batch" and len(self.sampler.fidelities) > 1
         fidelity = "cycle" if cycles else self.sampler.fidelity(self.epoch, 0).name
-        record, line = self._measure(fidelity)
-        self.ddp.log(f"{self.title}: {line}")
-        self.history.append(record)
+        measures = self._measure(self.title, fidelity)
+        self.history.append({"epoch": self.epoch + 1, "fidelity": fidelity, **measures})
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self.save()
         self._write_history()
@@ -279,8 +266,8 @@ class Progress:
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             write_atomic(f"{self.folder}/metrics.jsonl", lambda file: file.write(lines.encode()))
 
-    def _measure(self, fidelity, due=True):
-        """Return a record of the epoch so far and a line of it; if `due`, for TensorBoard, too."""
+    def _measure(self, title, fidelity):
+        """Log the epoch so far, for TensorBoard, too, and return its numbers."""
         seconds, steps = time.monotonic() - self.epoch_started, self.step - self.first_step
         done = self.epoch * self.steps + self.step
         measures = {"lr": self.optimizer.param_groups[0]["lr"]}
@@ -289,13 +276,12 @@ class Progress:
         measures |= {"seconds": seconds, "videos_per_sec": videos_per_sec}
         measures["data_wait"] = self.waited / seconds  # share of waiting for a batch
         measures["peak_memory_gb"] = peak_memory_gb(self.ddp.device)
-        line = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         left = (self.epochs * self.steps - done) * seconds / max(steps, 1)  # at this epoch's pace
-        if self.writer and due:
-            for name, value in {**measures, "hours_left": left / 3600}.items():
-                self.writer.add_scalar(name, value, done)
-        record = {"epoch": self.epoch + 1, "fidelity": fidelity, **measures}
-        return record, f"fidelity {fidelity}, {line}, {tqdm.format_interval(left)} left"
+        for name, value in {**measures, "hours_left": left / 3600}.items() if self.writer else ():
+            self.writer.add_scalar(name, value, done)
+        line = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+        self.ddp.log(f"{title}: fidelity {fidelity}, {line}, {tqdm.format_interval(left)} left")
+        return measures
 
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

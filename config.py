@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import reprlib
 import subprocess
 import sys
 import warnings
@@ -24,23 +25,14 @@ import torch
 import torchvision
 import yaml
 
+import checkpoint
 import data
 import evaluate
 import sola
 import tsm
 import video_encoders
-from checkpoint import (
-    RunFolder,
-    files_fingerprint,
-    load_json,
-    machine_name,
-    remove_stale_parts,
-    save_json,
-    save_weights,
-    seconds_of,
-    write_atomic,
-)
-from media import InputError
+from checkpoint import RunFolder, load_json, save_json
+from media import FrameZip, InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT = f"{HERE}/configs/default.yaml"
@@ -56,15 +48,13 @@ STAGES = {
 }
 
 # Who made the classes of a run's detections, by cfg.classes.
-CLASS_SOURCES = {
-    "video": "video classifier of the run",
-    "segment": "segments, classifier of the run",
-}
+CLASS_SOURCES = {"video": "video classifier of the run"}
+CLASS_SOURCES["segment"] = "segments, classifier of the run"
 
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every", "tensorboard"}
-COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
-COST_KEYS |= {"features.chunk_snippets"}
+COST_KEYS = {f"{block}.chunk_snippets" for block in ("lofi", "features")}
+COST_KEYS |= {"lofi.accumulate", "encoder.recompute"}
 
 # One class for what a user can mend, repeated in the files that can be copied alone.
 INPUT_ERRORS = (InputError, *(m.InputError for m in (tsm, video_encoders, evaluate, sola)))
@@ -86,12 +76,12 @@ def one_line_errors(program):
         yield
     except INPUT_ERRORS as error:
         sys.exit(f"{program}: {error!s:.3000}")
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        sys.exit(f"{program}: no other process answers, did torchrun end? ({error!s:.300})")
     except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        if type(error).__name__ in ("DistNetworkError", "DistStoreError"):
-            sys.exit(f"{program}: no other process answers, did torchrun end? ({first_line:.300})")
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
+        first_line = str(error).partition("\n")[0]
         sys.exit(f"{program}: out of memory: {first_line}\n{OUT_OF_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted; rerun the same command to resume")
@@ -126,23 +116,13 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, "-+0123456789")
 
 
-def _parse_yaml(text, source, most=10_000):
+def _parse_yaml(text, source):
     try:
-        content = yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, *data.MALFORMED) as error:  # `!!bool x` is a KeyError
         mark, reason = getattr(error, "problem_mark", None), " ".join(str(error).split())
         reason = f"{error.problem}, line {mark.line + 1}" if mark else reason
         raise InputError(f"{source} is not valid YAML: {reason:.300}") from None
-    # A few lines with anchors may stand for billions of values.
-    open_nodes, count = [content], 0
-    while open_nodes and count < most:
-        node = open_nodes.pop()
-        count += 1
-        if isinstance(node, (dict, list)):
-            open_nodes += node.values() if isinstance(node, dict) else node
-    if open_nodes:
-        raise InputError(f"{source} has more than {most} values")
-    return content
 
 
 def _read_yaml(path):
@@ -158,13 +138,16 @@ def _read_yaml(path):
 
 _KINDS = {
     bool: "true or false",
-    str: "text, in quotes",
+    str: "text in quotes",
     type(None): "null",
     **dict.fromkeys((dict, Config), "a block of keys"),
     **dict.fromkeys((int, float), "a number"),
 }
-NULL_OR_NUMBER = {"video.rate", "lofi.chunk_snippets", "lofi.cycle_length", "gtad.durations"}
-NULL_OR_NUMBER |= {"gtad.longest"}
+# Where the default is null, a number such as this is possible, elsewhere text.
+NUMBERS = {"video.rate": 0.5}
+NUMBERS |= dict.fromkeys(("lofi.chunk_snippets", "lofi.cycle_length"), 1)
+NUMBERS |= dict.fromkeys(("gtad.durations", "gtad.longest"), 1)
+LISTS = {"data.features", "head.lr"}  # which may be a list as well
 
 
 def _kind(value):
@@ -173,16 +156,11 @@ def _kind(value):
     return _KINDS.get(type(value))
 
 
-def _kinds(name, default):
-    """Return the kinds of values that a key may have, the usual one first."""
-    if name in NULL_OR_NUMBER:
-        return [_kind(0), "null"]
-    if name == "head.lr":
-        return [_kind(0), _kind([0])]
-    if default is None or isinstance(default, str):
-        lists = [_kind([]), _kind([""])] if name == "data.features" else []
-        return [_kind(""), "null", *lists]
-    return [_kind(default), _kind([])] if isinstance(default, list) else [_kind(default)]
+def _kinds(key, default):
+    """Return the kinds of values that a key may have."""
+    usual = _kind(NUMBERS.get(key, "") if default is None else default)
+    kinds = [usual, f"a list, each {usual}"] if key in LISTS else [usual]
+    return [*kinds, "null"] if default is None else kinds
 
 
 def merge(base, changes, where="", kinds=None):
@@ -195,9 +173,11 @@ def merge(base, changes, where="", kinds=None):
             near = difflib.get_close_matches(str(key), list(map(str, base)), 1, 0)[0]
             raise InputError(f"unknown config key {where}{key}; did you mean {where}{near}?")
         default, name = kinds[key], f"{where}{key}"
-        expected = _kinds(name, default)
-        if _kind(value) not in expected:
-            raise InputError(f"config key {name} is {str(value)[:80]!r}, expected {expected[0]}")
+        kinds_of_key = _kinds(name, default)
+        if _kind(value) not in kinds_of_key:
+            # Of what may be lists of lists: a few lines of YAML with anchors stand for billions.
+            words, expected = f"{reprlib.repr(value):.80}", " or ".join(kinds_of_key)
+            raise InputError(f"config key {name} is {words}, expected {expected}")
         if isinstance(value, dict):
             value = merge(base[key], value, f"{where}{key}.", default)
         elif isinstance(default, int) and isinstance(value, float) and value.is_integer():
@@ -217,7 +197,7 @@ def load_config(path, overrides=()):
             raise InputError(f"--set {override:.80}: expected key.sub=value")
         change = _parse_yaml(text, f"--set {override:.80}")
         # A folder called 5 or 2024-01-15 is text, in which YAML reads a number or a date.
-        if isinstance(defaults.get(key), str) and change is not None:
+        if isinstance(defaults.get(key), str):
             change = text
         for part in reversed(key.split(".")):
             change = {part: change}
@@ -238,12 +218,11 @@ def from_command_line(description, argv=None):
 def saved_config(folder):
     """Return the Config of a run's folder."""
     path = RunFolder(folder).config
-    if not os.path.isfile(path):
-        raise InputError(f"no {path}: name the folder of a run, such as runs/toy-0/lofi")
     try:
         return merge(_read_yaml(DEFAULT), load_json(path))
     except INPUT_ERRORS as error:
-        raise InputError(f"{path} is not the config of a run: {error}") from None
+        remedy = "name the folder of a run, such as runs/toy-0/lofi"
+        raise InputError(f"{path} is not the config of a run: {error}; {remedy}") from None
 
 
 def flatten(cfg, where=""):
@@ -284,8 +263,10 @@ CHOICES = {
     "decay": ("gaussian", "linear", "hard"),
 }
 # Other numbers are above 0 unless their default is 0, and whole if their default is.
-MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers"}
+MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers", "positions"}
 MAY_BE_ZERO |= {"context_bins", "checkpoint_sec", "confidence_power", "dropout", "layers"}
+MAY_BE_ZERO |= {"window_overlap", "decay_above"}
+AT_MOST_1 = {"val_share", "crop", "window_overlap", "decay_above", "voting", "tiou_thresholds"}
 
 
 def check(cfg, files=True):
@@ -297,11 +278,10 @@ def check(cfg, files=True):
     launcher = [os.environ.get(key, "") for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     if "RANK" in os.environ and not (launcher[0].isdigit() and all(launcher)):
         raise InputError("RANK is set, but not all that torchrun sets: use torchrun, or unset RANK")
-    rules = (_rules_of_one(values), _rules(cfg, pending), _rules_of_heads(cfg))
+    rules = (_rules_of_one(values), _rules(cfg, pending), _rules_of_sizes(cfg, values, pending))
     for key, holds, expected in itertools.chain(*rules):
         if not holds:
             raise InputError(f"config key {key} is {values[key]!r:.200}, expected {expected}")
-    run_fidelities(cfg)
     if files:
         _check_files(cfg, values, set(pending))
     return pending
@@ -315,57 +295,64 @@ def reads_frames(cfg, stages):
 
 def _rules_of_one(values):
     """Yield (key, whether its value can be used, what is expected) of choices and numbers."""
-    defaults = flatten(_read_yaml(DEFAULT))
+    usual = flatten(_read_yaml(DEFAULT)) | NUMBERS
     for key, value in values.items():
         name = key.rpartition(".")[2]
+        default, numbers = data.as_list(usual[key]), data.as_list(value)
         if name in CHOICES:
             yield key, value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
-        elif _kind(value) == "a number":
-            whole = isinstance(defaults[key], int) or key in NULL_OR_NUMBER - {"video.rate"}
-            zero = defaults[key] == 0 or name in MAY_BE_ZERO
-            holds = 0 <= value < math.inf and (zero or value != 0)
-            expected = f"a {'whole ' * whole}number {'of at least 0' if zero else 'above 0'}"
-            yield key, holds and (isinstance(value, int) or not whole), expected
+        elif value == "":
+            yield key, False, "text"
+        elif _kind(numbers) == _kind([0]):
+            whole = isinstance(default[0], int)
+            zero = name in MAY_BE_ZERO or default[0] == 0
+            most = 1 if name in AT_MOST_1 else sys.float_info.max
+            holds = all(0 <= x <= most and (x or zero) for x in numbers)
+            holds = holds and (not whole or all(isinstance(x, int) for x in numbers))
+            expected = f"{'whole ' * whole}numbers {'of at least' if zero else 'above'} 0"
+            expected += ", at most 1" * (most == 1)
+            if len(default) == 2:  # a pair stays one
+                holds, expected = holds and len(numbers) == 2, f"two {expected}"
+            yield key, holds, expected
 
 
 def _rules(cfg, pending):
     """Yield the same of keys with rules of their own, which count on those before."""
-    lofi, similarity, elsewhere = cfg.lofi, cfg.sola, cfg.data.features
+    lofi, elsewhere = cfg.lofi, cfg.data.features
     stages = [s for s in STAGES if not elsewhere or s not in ("lofi", "features")]
     words = f"some of {', '.join(STAGES)}; not lofi or features if data.features is set"
-    yield "stages", cfg.stages and all(s in stages for s in cfg.stages), words
-    yield "out", cfg.out, "a folder"
-    yield "data.annotations", cfg.data.annotations, "a file"
-    yield "data.val_share", cfg.data.val_share < 1, "a number below 1"
+    yield "stages", all(s in stages for s in cfg.stages), words
     words = "true with video.rate, false without, for features of the run's own"
     yield "data.windows", elsewhere or cfg.data.windows == bool(cfg.video.rate), words
-    yield "video.crop", cfg.video.crop <= 1, "a number in (0, 1]"
-    yield "data.frames", cfg.data.frames or not reads_frames(cfg, pending), "a folder"
     no_gpu = cfg.device == "cuda" and not torch.cuda.is_available()
     yield "device", not no_gpu, "auto or cpu, as torch finds no GPU here"
     words = "false: it is not installed, or pip install -e '.[tensorboard]'"
     yield "tensorboard", not cfg.tensorboard or importlib.util.find_spec("tensorboard"), words
     names = ["full", *cfg.fidelities]
-    words = f"a list of {', '.join(names)}"
-    yield "lofi.fidelities", lofi.fidelities and all(f in names for f in lofi.fidelities), words
+    yield "lofi.fidelities", all(f in names for f in lofi.fidelities), f"some of {', '.join(names)}"
+    full = [cfg.video.snippets, cfg.video.size]
+    for name in cfg.fidelities.keys() & lofi.fidelities if "lofi" in cfg.stages else ():
+        snippets, size = cfg.fidelities[name]
+        words = f"[snippets, pixels] up to {full}"
+        yield f"fidelities.{name}", snippets <= full[0] and size <= full[1], words
     in_parts = lofi.chunk_snippets or lofi.accumulate > 1 or cfg.encoder.recompute
     words = "frozen with lofi.chunk_snippets, lofi.accumulate or encoder.recompute"
     yield "lofi.batchnorm", lofi.batchnorm == "frozen" or not in_parts, words
-    yield "sola.kernel", similarity.kernel % 2, "an odd number"
-    inside = [isinstance(p, int) and 0 <= p < similarity.subsequence for p in similarity.positions]
-    words = f"at least two snippets, 0 to {similarity.subsequence - 1}"
-    yield "sola.positions", len(inside) > 1 and all(inside), words
-    yield "detect.voting", cfg.detect.voting <= 1, "a tIoU, at most 1"
-    for key in ("data.window_overlap", "detect.decay_above"):
-        block, _, name = key.partition(".")
-        inside = [0 <= number <= 1 for number in cfg[block][name]]
-        yield key, len(inside) == 2 and all(inside), "two numbers in [0, 1]"
-    if isinstance(rates := cfg.head.lr, list):
-        holds = rates and all(0 < lr < math.inf for lr in rates)
-        holds = holds and ("head" not in cfg.stages or "detect" in cfg.stages)
-        yield "head.lr", holds, "numbers above 0, with stage detect to compare them"
-    possible = [0 < t <= 1 for t in cfg.detect.tiou_thresholds]
-    yield "detect.tiou_thresholds", possible and all(possible), "numbers in (0, 1]"
+    words = f"at least two snippets, 0 to {cfg.sola.subsequence - 1}"
+    holds = len(cfg.sola.positions) > 1 and max(cfg.sola.positions) < cfg.sola.subsequence
+    yield "sola.positions", holds, words
+    search = isinstance(cfg.head.lr, list) and "head" in cfg.stages
+    yield "head.lr", not search or "detect" in cfg.stages, "one, without stage detect to compare"
+
+
+def _rules_of_sizes(cfg, values, pending):
+    """Yield the same of sizes of networks and of batches that must divide."""
+    for key in ("gtad.kernel", "sola.kernel"):
+        yield key, values[key] % 2, "an odd number"
+    divided = {"gtad.gcn_groups": "gtad.gcn_width", "gtad.stem_groups": "gtad.hidden"}
+    for key, channels in {**divided, "bmn.groups": "bmn.hidden"}.items():
+        words = f"a divisor of {channels}, {values[channels]}"
+        yield key, values[channels] % values[key] == 0, words
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     blocks = {stage: cfg[stage] for stage in ("lofi", "sola", "head") if stage in pending}
     for task, block in cfg.pretrain.items() if "pretrain" in pending else ():
@@ -377,28 +364,11 @@ def _rules(cfg, pending):
         yield f"{name}.batch_size", block["batch_size"] % parts == 0, words
 
 
-def _rules_of_heads(cfg):
-    """Yield the same of the sizes of both heads."""
-    gtad = cfg.gtad
-    yield "gtad.kernel", gtad.kernel % 2, "an odd number"
-    for key, head in {"gtad": gtad, "bmn": cfg.bmn}.items():
-        whole = [isinstance(width, int) and width > 0 for width in head.map_hidden]
-        yield f"{key}.map_hidden", len(whole) == 2 and all(whole), "two whole numbers above 0"
-    divided = {"gtad.gcn_groups": "gcn_width", "gtad.stem_groups": "hidden", "bmn.groups": "hidden"}
-    for key, width in divided.items():
-        head, _, groups = key.partition(".")
-        channels = cfg[head][width]
-        yield key, channels % cfg[head][groups] == 0, f"a divisor of {head}.{width}, {channels}"
-
-
 def _check_files(cfg, values, todo):
     subsets = read_annotations(cfg)
-    train = cfg.data.train_subset if {"lofi", "head"} & todo else None
-    val = cfg.data.val_subset if "detect" in todo else None
-    needs = "head.lr is a list" if isinstance(cfg.head.lr, list) else None
-    if cfg.detect.class_scores == "ground_truth":
-        needs = "detect.class_scores is ground_truth"
-    data.check_segments(subsets, train=train, val=val, needs=needs)
+    train, val = cfg.data.train_subset, cfg.data.val_subset
+    if {"lofi", "head"} & todo and train in subsets and not data.class_names(subsets[train]):
+        raise InputError(f"subset {train} has no usable segment (start < end, within its video)")
     needed = {"frames": reads_frames(cfg, todo)}
     needed["features"] = cfg.data.features and {"sola", "head"} & todo
     for kind in filter(needed.get, needed):
@@ -414,12 +384,16 @@ def _check_files(cfg, values, todo):
         word = values[key] in (None, "random", "torchvision", "own", "ground_truth")
         if stage in todo and not word and not os.path.isfile(values[key]):
             raise InputError(f"no file {values[key]} (config key {key})")
-    # The last stage reads them by rules of its own: now, not after days of training.
     if "detect" in todo and val in subsets:
+        source, scored = cfg.detect.class_scores, any(video.labels for video in subsets[val])
+        if not scored and (isinstance(cfg.head.lr, list) or source == "ground_truth"):
+            words = "needed by a list as head.lr and detect.class_scores=ground_truth"
+            raise InputError(f"subset {val} has no segments, {words}")
+        # The last stage reads them by rules of its own: now, not after days of training.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             class_scores(cfg, subsets[val])
-            if any(video.labels for video in subsets[val]):
+            if scored:
                 evaluate.evaluate(ground_truth(cfg), {"results": {}}, subset=val)
 
 
@@ -456,21 +430,23 @@ def head_options(cfg, channels):
 
 
 def run_fidelities(cfg):
-    """Return {name: data.Fidelity} of "full" and of those that stage lofi trains at."""
-    used = cfg.lofi.fidelities if "lofi" in cfg.stages else ()
-    sizes = {name: size for name, size in cfg.fidelities.items() if name in used}
-    return data.fidelities(data.Fidelity("full", cfg.video.snippets, cfg.video.size), sizes)
+    """Return {name: data.Fidelity}: "full", and those of LoFi, section 3.2."""
+    sizes = {"full": [cfg.video.snippets, cfg.video.size], **cfg.fidelities}
+    return {name: data.Fidelity(name, *size) for name, size in sizes.items()}
+
+
+def frame_settings(cfg):
+    """Return what frames should be prepared for, as the video.json of a ZIP tells it."""
+    video = cfg.video
+    settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
+    return settings if video.rate else settings | {"snippets": video.snippets}
 
 
 def load_videos(cfg, split, source, kind, log=print):
     """Return the videos of split "train" or "val" that have `kind` ("frames" or "features")."""
-    video = cfg.video
-    settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
-    if not video.rate:
-        settings["snippets"] = video.snippets
-    subsets, subset = read_annotations(cfg), cfg.data[f"{split}_subset"]
-    known = {"durations": cfg.data.durations, "frames": cfg.data.frames, "settings": settings}
-    return data.select_videos(subsets, subset, source, kind, log, **known)
+    known = {"durations": cfg.data.durations, "frames": cfg.data.frames}
+    known |= {"settings": frame_settings(cfg), "subset": cfg.data[f"{split}_subset"]}
+    return data.select_videos(read_annotations(cfg), source=source, kind=kind, log=log, **known)
 
 
 def video_dataset(cfg, split, log=print, train=False):
@@ -586,12 +562,12 @@ def stage_inputs(cfg, run, stage):
         names = [video.name for video in videos]
         sources = data.as_list(feature_source(cfg, run, raw=stage == "sola"))
         found = itertools.chain(*(data.find_features(s, names).values() for s in sources))
-        # One HDF5 file may hold all videos.
-        inputs["features"] = files_fingerprint(list(dict.fromkeys(map(data.feature_file, found))))
+        files = dict.fromkeys(path.partition("::")[0] for path in found)  # HDF5: one of all videos
+        inputs["features"] = checkpoint.files_fingerprint([*files])
     return inputs
 
 
-def check_inputs(cfg, run, pending, log):
+def check_inputs(cfg, run, pending):
     """Raise InputError if a stage, finished or begun, was made from what is not there any more."""
     missing = None
     for stage in (s for s in STAGES if s in cfg.stages):
@@ -605,13 +581,8 @@ def check_inputs(cfg, run, pending, log):
         if not os.path.exists(noted) or not (is_begun(to_remove) or os.path.isfile(to_remove)):
             continue
         was, now = load_json(noted), stage_inputs(cfg, run, stage)
-        for key in was.keys() | now.keys():
-            old, new = was.get(key), now.get(key)
-            alike = {type(old), type(new)} == {dict} and old | {"times": 0} == new | {"times": 0}
-            if alike and old != new:
-                log(f"stage {stage}: its features have other times than before, the same content")
-            elif old != new:
-                raise InputError(f"stage {stage} is out of date: its {key} changed; {remedy}")
+        if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
+            raise InputError(f"stage {stage} is out of date: its {changed[0]} changed; {remedy}")
 
 
 def is_begun(folder):
@@ -628,9 +599,8 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         run.lock()
     remedy = "name another folder with --set out=..., or remove that one yourself"
     exists = os.path.exists(run.config)
-    made = [f"{cfg.out}/{stage}" for stage in STAGES]
-    foreign = [p for p in (*made, run.proposals, run.result, run.metrics) if os.path.exists(p)]
-    if foreign and not exists:
+    made = [f"{cfg.out}/{name}" for name in (*STAGES, "proposals.json", "result.json")]
+    if not exists and (foreign := [p for p in (*made, run.metrics) if os.path.exists(p)]):
         raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
     if exists and is_begun(cfg.out):
@@ -640,12 +610,12 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         # What was once made stays in the record.
         cfg = merge(cfg, {"stages": max(old.stages, cfg.stages, key=len)})
     if ddp.is_main:
-        check_inputs(cfg, run, pending, ddp.log)
+        check_inputs(cfg, run, pending)
         if exists:
-            remove_stale_parts(cfg.out)
+            checkpoint.remove_stale_parts(cfg.out)
         versions = {"git": git_commit(), "python": sys.version.split()[0]}
         versions |= {library.__name__: library.__version__ for library in (torch, torchvision, np)}
-        versions |= {"device": str(ddp.device), "machine": machine_name(ddp.device)}
+        versions |= {"device": str(ddp.device), "machine": checkpoint.machine_name(ddp.device)}
         versions |= {"threads": torch.get_num_threads(), "processes": ddp.world_size}
         save_json(versions, run.versions)
         save_json(cfg, run.config)
@@ -655,8 +625,8 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
 def save_encoder(encoder, cfg, run, stage, seconds):
     """Write what stage pretrain or lofi made, and what it cost with what it started from."""
     start = cfg.pretrain.pretrained if stage == "pretrain" else encoder_path(cfg, run, stage)
-    metadata = {"encoder": dict(cfg.encoder), "seconds": seconds + seconds_of(start)}
-    save_weights(encoder, run.encoder(stage), **metadata)
+    metadata = {"encoder": dict(cfg.encoder), "seconds": seconds + checkpoint.seconds_of(start)}
+    checkpoint.save_weights(encoder, run.encoder(stage), **metadata)
 
 
 def search_lr(cfg, run, ddp, run_stages):
@@ -680,10 +650,10 @@ def search_lr(cfg, run, ddp, run_stages):
         shared = seconds_of_features(source)
         seconds = sum(trial["seconds"] - shared for trial in metrics.values())
         epochs = pathlib.Path(trials[best].path, "head/metrics.jsonl").read_bytes()
-        write_atomic(f"{run.path}/head/metrics.jsonl", lambda file: file.write(epochs))
+        checkpoint.write_atomic(f"{run.path}/head/metrics.jsonl", lambda file: file.write(epochs))
         saved = tsm.load_state(trials[best].head) | {"seconds": seconds}
         save_json({"best_lr": best, "average_mAP": found}, f"{run.path}/head/search.json")
-        write_atomic(run.head, functools.partial(torch.save, saved))
+        checkpoint.write_atomic(run.head, functools.partial(torch.save, saved))
         table = ", ".join(f"{lr:g}: {100 * value:.2f}" for lr, value in found.items())
         ddp.log(f"average mAP (%) by head.lr: {table}; kept: {best:g}")
 
@@ -694,8 +664,11 @@ def save_feature_info(cfg, run, weights, datasets, seconds):
     info = {"encoder": weights, "encoder_sha256": data.file_hash(weights), **cfg.encoder, **video}
     info["snippet_stride_sec"] = 1 / video.rate if video.rate else "duration_sec / snippets"
     info["snippet_window_frames"] = video.frames_per_snippet * video.stride
-    info["seconds"] = seconds + seconds_of(weights)
-    info["videos"] = data.describe_videos([v for dataset in datasets for v in dataset.videos])
+    info["seconds"] = seconds + checkpoint.seconds_of(weights)
+    info["videos"] = {}
+    for v in itertools.chain(*(dataset.videos for dataset in datasets)):
+        fps = FrameZip(v.path).fps if v.path.endswith(".zip") else None  # reading would tell
+        info["videos"][v.name] = {"duration_sec": v.duration, "fps": fps}
     save_json(info, f"{run.features}/features.json")
 
 

@@ -83,9 +83,11 @@ MAX_RATIO = 2000  # of features' bytes to their file's, which may declare any; g
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def _read_json(path, expected, parse):
+@contextlib.contextmanager
+def _expecting(expected, path):
+    """Turn what malformed content of a file raises into one InputError."""
     try:
-        return parse(load_json(path))
+        yield
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error!s:.300}"
         raise InputError(f"{path} is not valid ({reason}); expected {expected}") from None
@@ -99,10 +101,11 @@ def load_annotations(path: str, split=("training", "validation", 0.2)) -> dict[s
     if not os.path.isfile(path):
         toy = "make toy data with `python -m tools.make_toy --out data/toy`"
         raise InputError(f"no annotation file {path}: set data.annotations, or {toy}")
-    if path.lower().endswith(TABLES):
-        return _load_table(path, *split)
+    is_table = path.lower().endswith(TABLES)
+    content = _read_rows(path, *split) if is_table else load_json(path)
     entry = '{"subset", "duration": seconds, "annotations": [{"segment": [start, end], "label"}]}'
-    return _read_json(path, f'{{"database": {{VIDEO: {entry}}}}}', _parse_database)
+    with _expecting(f'{{"database": {{VIDEO: {entry}}}}}', path):
+        return _parse_database(content)
 
 
 def _parse_database(content):
@@ -112,17 +115,15 @@ def _parse_database(content):
             duration = math.nan if entry.get("duration") is None else float(entry["duration"])
             annotations = entry.get("annotations") or []
             labels = [annotation["label"] for annotation in annotations]
-            pairs = [annotation["segment"] for annotation in annotations]
-            if any(media.UNSHOWN.search(str(word)) for word in (name, *labels)):
-                raise ValueError(f"control characters in its name or in labels {labels}")
+            segments = np.array([annotation["segment"] for annotation in annotations], np.float64)
+            segments = segments.reshape(len(labels), 2)
             if duration <= 0 or math.isinf(duration) or not isinstance(entry["subset"], str):
                 raise ValueError(f"duration {duration}, subset {entry['subset']}")
             if not all(isinstance(label, (str, int, float)) for label in labels):
-                raise ValueError(f"labels {labels}, expected strings")
-            if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-                raise ValueError(f"segments {pairs}, expected [start, end]")
-            segments = np.array([(float(start), float(end)) for start, end in pairs], np.float64)
-            video = Video(name, duration, segments.reshape(-1, 2), tuple(map(str, labels)))
+                raise ValueError(f"labels {labels}, expected text")
+            if any(media.UNSHOWN.search(str(word)) for word in (name, *labels)):
+                raise ValueError(f"control characters in its name or in labels {labels}")
+            video = Video(name, duration, segments, tuple(map(str, labels)))
             subsets.setdefault(entry["subset"], []).append(video)
         except MALFORMED as error:
             raise ValueError(f"video {name!r}, {type(error).__name__}: {error}") from None
@@ -144,7 +145,7 @@ def activitynet(subsets):
 
 TABLES = (".csv", ".tsv", ".txt")  # how their names end
 
-# What ELAN, BORIS and others call the columns.
+# What BORIS and ELAN call the columns.
 SYNONYMS = dict.fromkeys(("observation id", "media file", "media file name", "file name"), "video")
 SYNONYMS |= {"file path": "video", "behavior": "label", "split": "subset"}
 SYNONYMS |= {"start (s)": "start", "stop (s)": "end"}
@@ -156,22 +157,23 @@ def read_table(path, parse, expected):
     """Call parse(row, seconds) for each row {column: text} of a CSV or TSV, without empty cells.
 
     seconds(text) reads 12.5, 0:12 or 1:02:03.5; decimal commas, too, unless commas divide cells.
-    row["#"]: the lines at the top that begin with #. Raises InputError with the row's number.
+    Lines at the top that begin with # are skipped. Raises InputError with the row's number.
     """
-    where, names = "as CSV", None
+    where = "as CSV"
     try:
         with open(path, "rb") as file:
             raw = file.read()
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         notes = re.match(r'(("?#[^,;\t]|sep=).*\n?|\s*\n)*', text)[0]
-        # VIA gives the columns in its notes.
-        header = [f"{line.strip()}\n" for line in re.findall("# CSV_HEADER = (.*)", notes)]
-        text = "".join(header) + text[len(notes) :]
-        delimiter = next((mark for mark in "\t;" if mark in text.partition("\n")[0]), ",")
+        via = re.search("# CSV_HEADER = (.*)", notes)  # which gives the columns there
+        names = via and via[1].strip().split(",")
+        text = text[len(notes) :]
+        first_line = via[1] if via else text.partition("\n")[0]
+        delimiter = next((mark for mark in "\t;" if mark in first_line), ",")
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         seconds = partial(_seconds, comma="," if delimiter != "," else ".")
         for cells in filter(any, ([cell.strip() for cell in cells] for cells in rows)):
-            where = f"row {notes.count(chr(10)) - len(header) + rows.line_num}"
+            where = f"row {notes.count(chr(10)) + rows.line_num}"
             if names is None:
                 names, is_header = _columns(cells)
                 if is_header:
@@ -180,7 +182,7 @@ def read_table(path, parse, expected):
             where += f" {row}"[:300]
             if "" in row:
                 raise ValueError(f"{row['']!r} stands beyond the columns")
-            parse(row | ({"#": notes} if header else {}), seconds)
+            parse(_row_of_via(row, notes) if via else row, seconds)
     except (OSError, IndexError, csv.Error, *MALFORMED) as error:
         problem = f"{type(error).__name__}: {error}"
         raise InputError(f"cannot read {path} {where} ({problem}); expected {expected}") from None
@@ -210,51 +212,41 @@ def _columns(cells):
     return names, True
 
 
-def _actions_of_row(row, seconds, begun):
-    """Return [(start, end, label)]; begun: {action: start}, of BORIS."""
-    if "temporal_coordinates" in row:  # VIA's
-        times = json.loads(row["temporal_coordinates"])
-        return [(*times, _label_of_via(row))] if len(times) == 2 else []
-    event = row.get("behavior type")
-    if event in ("START", "STOP"):
-        action = (row["video"], row.get("subject"), row["label"])
-        if (event == "START") == (action in begun):
-            raise ValueError(f"{event} twice, or without the other")
-        if event == "START":
-            begun[action] = seconds(row["time"])
-            return []
-        return [(begun.pop(action), seconds(row["time"]), row["label"])]
-    tiers = [name for name in row if name.startswith("label of ")]
-    if event == "POINT" or not {*tiers, "start", "end", "label"} & row.keys():
-        return []
-    times = (seconds(row["start"]), seconds(row["end"]))
-    return [(*times, row[name]) for name in tiers or ["label"]]
-
-
-def _label_of_via(row):
-    """Return the first attribute's text, which may stand for the name of an option."""
+def _row_of_via(row, notes):
+    """Return a row of VIA with our columns; its label may stand for the name of an option."""
+    (video, *_), times = json.loads(row["file_list"]), json.loads(row["temporal_coordinates"])
+    if len(times) != 2:
+        return {"video": video}
     (key, label), *_ = json.loads(row["metadata"]).items()
-    attributes = re.search("# ATTRIBUTE = (.*)|$", row["#"])[1]
-    return json.loads(attributes)[key]["options"].get(label, label) if attributes else label
+    if attributes := re.search("# ATTRIBUTE = (.*)", notes):
+        label = json.loads(attributes[1])[key]["options"].get(label, label)
+    return {"video": video, "start": str(times[0]), "end": str(times[1]), "label": label}
 
 
 def _add_row(database, begun, row, seconds):
-    """Add a row to the database of an ActivityNet JSON; begun: see _actions_of_row."""
+    """Add a row to the database of an ActivityNet JSON; begun: {action: start}, of BORIS."""
     row = {SYNONYMS.get(name, name): text for name, text in row.items()}
-    path = json.loads(row["file_list"])[0] if "file_list" in row else row["video"]
-    folder, name = os.path.split(path.replace("\\", "/"))
+    folder, name = os.path.split(row["video"].replace("\\", "/"))
     stem, suffix = os.path.splitext(name)
     name = stem if suffix.lower() in (*media.VIDEO_SUFFIXES, ".zip", ".eaf") else name
-    if media.UNSHOWN.search(name):
-        raise ValueError("control characters in a video's name")
     entry = database.setdefault(name, {"annotations": []})
     for key, value in {"folder": folder, "subset": row.get("subset")}.items():
         if value is not None and entry.setdefault(key, value) != value:
             raise ValueError(f"{key} {value!r} of video {name}, which had {entry[key]!r} before")
-    for start, end, label in _actions_of_row(row, seconds, begun):
-        if not math.isfinite(start + end) or media.UNSHOWN.search(label):
-            raise ValueError("start and end must be finite, labels without control characters")
-        entry["annotations"].append({"segment": [start, end], "label": label})
+    event, action = row.get("behavior type"), (name, row.get("subject"), row.get("label"))
+    if event in ("START", "STOP"):
+        if (event == "START") == (action in begun):
+            raise ValueError(f"{event} twice, or without the other")
+        if event == "START":
+            begun[action] = row["time"]
+            return
+        row |= {"start": begun.pop(action), "end": row["time"]}
+    tiers = [column for column in row if column.startswith("label of ")] or ["label"]
+    if event != "POINT" and {"start", "end", *tiers} & row.keys():
+        segment = [seconds(row["start"]), seconds(row["end"])]
+        if not math.isfinite(sum(segment)):
+            raise ValueError("start and end must be finite")
+        entry["annotations"] += [{"segment": segment, "label": row[tier]} for tier in tiers]
 
 
 def held_out(names, share):
@@ -264,7 +256,8 @@ def held_out(names, share):
     return {name for _, name in ranked[: min(max(count, 1), len(ranked) - 1)]}
 
 
-def _load_table(path, train, val, share):
+def _read_rows(path, train, val, share):
+    """Return the content of an ActivityNet JSON that a table stands for."""
     database, begun = {}, {}
     expected = "UTF-8 columns video, start, end, label[, subset], or what ELAN, BORIS or VIA export"
     read_table(path, partial(_add_row, database, begun), expected)
@@ -275,7 +268,7 @@ def _load_table(path, train, val, share):
     val_names = held_out(left, share)
     for name in left:
         database[name]["subset"] = val if name in val_names else train
-    return _parse_database({"database": database})
+    return {"database": database}
 
 
 def class_names(videos: list[Video]) -> list[str]:
@@ -292,18 +285,6 @@ def targets_of(segments, labels, classes):
     target = torch.tensor([float(c in labels) for c in classes])
     labels = torch.tensor([index.get(label, -1) for label in labels], dtype=torch.long)
     return {"segments": segments, "labels": labels, "target": target / target.sum().clamp(min=1)}
-
-
-def check_segments(subsets, train=None, val=None, needs=None):
-    """Raise InputError if no run can use the segments of subset `train`, which needs a usable one,
-    or `val`, where NaN stops the evaluation; needs: why it must have some."""
-    if train in subsets and not class_names(subsets[train]):
-        raise InputError(f"subset {train} has no usable segment (start < end, within its video)")
-    if needs and val in subsets and not any(video.labels for video in subsets[val]):
-        raise InputError(f"{needs}, but subset {val} has no segments")
-    bad = [v.name for v in subsets.get(val, []) if not np.isfinite(v.segments).all()]
-    if bad:
-        raise InputError(f"subset {val}: NaN or infinite segments in {first_names(bad)}: fix them")
 
 
 def list_hash(names):
@@ -350,7 +331,7 @@ def select_videos(
     The others are named through `log` and left out; InputError if none is left. kind: "frames" in
     the folder `source`, or "features" in the folder or HDF5 file `source`, or in each of a list of
     them. durations, frames: a JSON {video: seconds} and a folder for videos whose annotation has no
-    duration. settings: what frames should be prepared for; the first ZIP is compared with it.
+    duration. settings: what frames should be prepared for; those of the first video are looked at.
     """
     if subset not in subsets:
         raise InputError(f"no subset {subset!r}, only {sorted(subsets)}: see data.train_subset")
@@ -359,63 +340,61 @@ def select_videos(
     find = media.find_media if kind == "frames" else find_features
     found = [find(one, names) for one in sources]
     paths = {name: path for name, path in found[0].items() if all(name in f for f in found)}
-    lack = f"no {kind} in {' and '.join(map(str, sources))}"
-    lacks = {lack: [name for name in names if name not in paths]}
-    videos = [replace(v, path=paths[v.name]) for v in subsets[subset] if v.name in paths]
     frame_paths = paths if kind == "frames" else media.find_media(frames or "", names)
-    if any(math.isnan(video.duration) for video in videos):
-        known = sources if kind == "features" else ()
-        videos = fill_durations(videos, durations, known, frame_paths)
-        lack = "no duration (set data.durations to a JSON {video: seconds})"
-        lacks[lack] = [video.name for video in videos if math.isnan(video.duration)]
-        videos = [video for video in videos if not math.isnan(video.duration)]
-    reasons = [
-        f"{len(out)} of {len(names)} videos have {lack} and are left out: {first_names(out)}"
-        for lack, out in lacks.items()
-        if out
-    ]
-    message = f"{subset}: {'; '.join(reasons)}"
+    videos = [replace(v, path=paths[v.name]) for v in subsets[subset] if v.name in paths]
+    videos = fill_durations(videos, durations, sources if kind == "features" else (), frame_paths)
+    untimed = [video.name for video in videos if math.isnan(video.duration)]
+    missing = [name for name in names if name not in paths]
+    lacks = {f"no {kind} in {' and '.join(map(str, sources))}": missing}
+    lacks["no duration (set data.durations to a JSON {video: seconds})"] = untimed
+    text = "{} of {} videos have {} and are left out: {}".format
+    reasons = [text(len(x), len(names), lack, first_names(x)) for lack, x in lacks.items() if x]
+    videos = [video for video in videos if not math.isnan(video.duration)]
     if not videos:
-        raise InputError(message)
+        raise InputError(f"{subset}: {'; '.join(reasons)}")
     if reasons:
-        log(message)
-    for video in [video for video in videos if settings and video.path.endswith(".zip")][:1]:
-        path, first = video.path, media.FrameZip(video.path)
-        prepared = first.prepared or settings
-        differs = {key: prepared.get(key) for key in settings} != settings
-        if differs and len(first.kept) < first.num_frames:
-            why = f"{path} was prepared for {prepared}, the config has {settings}"
-            log(f"{subset}: {why}: nearest frames are used, which blurs time; prepare them again")
-    for video in [video for video in videos if video.name in frame_paths][:1]:
-        path, seconds = frame_paths[video.name], video.duration
-        told = _media_duration(path) or seconds
-        if not 0.9 < seconds / told < 1.1:
-            log(f"{subset}: {path} has {told:g} s, {seconds:g} s are given: milliseconds?")
+        log(f"{subset}: {'; '.join(reasons)}")
     others = {v.name for other in subsets if other != subset for v in subsets[other]}
     if twice := [v.name for v in videos if not others.isdisjoint(media.spellings(v.name))]:
         log(f"{subset}: {first_names(twice)} also in another subset, with v_ or without")
-    _log_unused_segments(subset, videos, log)
+    for doubt in _doubts(videos, frame_paths, settings if kind == "frames" else None):
+        log(f"{subset}: {doubt}")
     return videos
 
 
-def _log_unused_segments(subset, videos, log):
+def _doubts(videos, frame_paths, settings):
+    """Yield what is odd about videos' segments, and about the frames of the first that has some."""
+    for video in [video for video in videos if video.name in frame_paths][:1]:
+        with contextlib.suppress(InputError):
+            path = frame_paths[video.name]
+            source = media.open_media(path)
+            told = source.duration or video.duration
+            if not 0.9 < video.duration / told < 1.1:
+                yield f"{path} has {told:g} s, {video.duration:g} s are given: milliseconds?"
+            prepared = settings and getattr(source, "prepared", None)
+            differs = prepared and {key: prepared.get(key) for key in settings} != settings
+            if differs and len(source.kept) < source.num_frames:
+                why = f"{path} was prepared for {prepared}, the config has {settings}"
+                yield f"{why}: nearest frames are used, which blurs time; prepare them again"
     total = sum(len(video.labels) for video in videos)
     if ambiguous := sum(is_ambiguous(label) for video in videos for label in video.labels):
-        log(f"{subset}: {ambiguous} of {total} segments are labelled Ambiguous, and are no actions")
+        yield f"{ambiguous} of {total} segments are labelled Ambiguous, and are no actions"
     if lost := total - sum(len(video.annotated[1]) for video in videos):
-        log(f"{subset}: {lost} of {total} segments cannot be used, see python -m tools.check_data")
+        yield f"{lost} of {total} segments cannot be used, see python -m tools.check_data"
 
 
 def fill_durations(videos, durations=None, features=(), paths=()):
     """Return the videos with durations where the annotations have none, NaN where nothing tells:
     from the JSON file `durations` {video: seconds}, else from the features.json beside the first of
     `features`, else from media, paths {name: path}."""
-    known = {}
-    for info in read_feature_info(features[:1]):
-        known = {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
-    if durations is not None:
-        known = _read_json(durations, "{VIDEO: seconds}", _parse_durations)
     names = [video.name for video in videos if math.isnan(video.duration)]
+    known = {}
+    if names and durations is not None:
+        with _expecting("{VIDEO: seconds}", durations):
+            known = _parse_durations(load_json(durations))
+    elif names:
+        for info in read_feature_info(features[:1]):
+            known = {name: v["duration_sec"] for name, v in info.get("videos", {}).items()}
     known = media.look_up(names, known)
     known |= {n: _media_duration(paths[n]) for n in names if n in paths and n not in known}
     return [replace(v, duration=float(known.get(v.name) or v.duration)) for v in videos]
@@ -423,9 +402,8 @@ def fill_durations(videos, durations=None, features=(), paths=()):
 
 def _parse_durations(content):
     known = {name: float(seconds) for name, seconds in content.items()}
-    for name, seconds in known.items():
-        if not 0 < seconds < math.inf:
-            raise ValueError(f"{name} has {seconds} s, expected a number above 0")
+    if wrong := {name: sec for name, sec in known.items() if not 0 < sec < math.inf}:
+        raise ValueError(f"{wrong!s:.80}, expected numbers above 0")
     return known
 
 
@@ -434,12 +412,6 @@ def _media_duration(path):
     """Return seconds, or None if the media does not tell; looked up once a process."""
     with contextlib.suppress(InputError):
         return media.open_media(path).duration
-
-
-def describe_videos(videos):
-    """Return {name: {"duration_sec", "fps"}}; fps is None where only reading all would tell."""
-    fps = {v.name: media.FrameZip(v.path).fps for v in videos if (v.path or "").endswith(".zip")}
-    return {v.name: {"duration_sec": v.duration, "fps": fps.get(v.name)} for v in videos}
 
 
 class Fidelity(NamedTuple):
@@ -454,16 +426,6 @@ class Fidelity(NamedTuple):
 NATIVE = Fidelity("native", None, None)
 
 
-def fidelities(full: Fidelity, sizes: dict[str, list[int]]) -> dict[str, Fidelity]:
-    """Return {name: Fidelity} for {name: [snippets, pixels]}, with `full` (LoFi, section 3.2)."""
-    for name, size in sizes.items():
-        whole = len(size) == 2 and all(isinstance(x, int) and x >= 1 for x in size)
-        if not whole or size[0] > full.snippets or size[1] > full.size:
-            expected = f"[snippets, pixels] from 1 to {list(full[1:])}"
-            raise InputError(f"fidelities.{name} is {size}, expected {expected}")
-    return {"full": full} | {name: Fidelity(name, *size) for name, size in sizes.items()}
-
-
 @dataclass
 class CyclicFidelitySampler:
     """Batches of (index, Fidelity) pairs, all of a batch at one fidelity: LoFi, section 3.2 (IV).
@@ -472,7 +434,8 @@ class CyclicFidelitySampler:
     `cycle_length` epochs ("epoch", the paper's long cycle, c_l) or batches ("batch", the short one,
     c_s); None: 1 epoch or 16 batches, as in the paper. batch_size: over all ranks, which have the
     same fidelity at the same step. group_size: so many consecutive samples stay together. Each
-    video comes once an epoch, up to padding of the last batch with the epoch's first ones.
+    video comes once an epoch, up to padding of the last batch with the epoch's first ones. Indices
+    go on over epochs, epoch * num_videos + i: what is random in a sample is drawn by its index.
     """
 
     num_videos: int
@@ -488,8 +451,7 @@ class CyclicFidelitySampler:
     def __post_init__(self):
         for total, part in (self.num_videos, self.group_size), (self.batch_size, self.world_size):
             if total < 1 or total % part:
-                sizes = f"{self.num_videos} samples, batch size {self.batch_size}"
-                raise InputError(f"{sizes}: {total} does not divide by {part}")
+                raise InputError(f"{self}: {total} does not divide by {part}")
         self.cycle_length = self.cycle_length or {"epoch": 1, "batch": 16}[self.cycle]
         self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
         self.set_epoch(0)
@@ -515,8 +477,8 @@ class CyclicFidelitySampler:
         for step in range(self.first_step, self.steps_per_epoch):
             fidelity = self.fidelity(self.epoch, step)
             first = step * self.batch_size + self.rank * per_rank
-            places = range(first, first + per_rank)
-            yield [(order[k % self.num_videos], fidelity) for k in places]
+            indices = [order[k % self.num_videos] for k in range(first, first + per_rank)]
+            yield [(self.epoch * self.num_videos + i, fidelity) for i in indices]
 
 
 def snippet_rows(full: int, snippets: int, shift: float = 0.0) -> torch.Tensor:
@@ -576,8 +538,6 @@ class VideoDataset:
 
     def __post_init__(self):
         self.full = Fidelity("full", self.snippets, self.size)
-        # In shared memory, where loader workers see it change.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.counts = [self.snippets] * len(self.videos)
         if self.rate:
             self.counts = [max(round(video.duration * self.rate), 1) for video in self.videos]
@@ -592,20 +552,18 @@ class VideoDataset:
     def subset(self, indices) -> "VideoDataset":
         return replace(self, videos=[self.videos[i] for i in indices])
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
-
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, pair):
         index, fidelity = pair
+        epoch, index = divmod(index, len(self))
         i, first = self.items[index]
         video, count = self.videos[i], self.counts[i]
         segments, labels = video.actions
         shift, corner, flip = 0.0, (0.5, 0.5), False
         if self.train:
-            rng = np.random.default_rng(seed_of(self.seed, "view", int(self.epoch), index))
+            rng = np.random.default_rng(seed_of(self.seed, "view", epoch, index))
             shift, corner = rng.choice([0.0, 0.5]), tuple(rng.random(2).tolist())
             flip = self.flip and rng.random() < 0.5
         source = media.open_media(video.path)
@@ -643,7 +601,7 @@ def _open_hdf5(path):
 
 def find_features(source, names):
     """Return {name: path} of the videos that have features: SOURCE/VIDEO.npy, .h5 or .hdf5, or
-    FILE/VIDEO in one HDF5 file."""
+    FILE::VIDEO in one HDF5 file."""
     found = {}
     if os.path.isdir(source):
         # In this order an .npy file is the one that stays.
@@ -654,22 +612,15 @@ def find_features(source, names):
         with _open_hdf5(source) as file:
             # Names may have slashes, which HDF5 takes for groups.
             keys = [key for name in names for key in media.spellings(name) if key in file]
-            found = {key: f"{source}/{key}" for key in keys}
+            found = {key: f"{source}::{key}" for key in keys}
     return media.look_up(names, found)
-
-
-def feature_file(path):
-    """Return the file on disk of a path of find_features."""
-    while not os.path.isfile(path) and os.path.dirname(path) not in ("", path):
-        path = os.path.dirname(path)
-    return path
 
 
 def _read_hdf5(path, values):
     # Opened for each video: workers must not share a file that was open at their fork.
-    file_path = feature_file(path)
-    with _open_hdf5(file_path) as file:
-        node = file[path[len(file_path) + 1 :] or "/"]
+    path, _, key = path.partition("::")
+    with _open_hdf5(path) as file:
+        node = file[key or "/"]
         for depth in range(8):  # a group may hold itself
             if hasattr(node, "keys") and (len(node) != 1 or depth == 7):
                 raise ValueError(f"a group of {len(node)} within {depth} groups, not an array")
@@ -685,18 +636,13 @@ def read_features(path, values=True):
     values: False: only the shape is wanted; those of an HDF5 file are then zeros.
     """
     try:
-        if path.endswith(".npy"):
-            features = np.load(path, mmap_mode="r")
-        else:
-            features = _read_hdf5(path, values)
-        if not isinstance(features, np.ndarray):
-            raise ValueError(f"a {type(features).__name__} instead of one array")
+        is_npy = path.endswith(".npy")
+        features = np.load(path, mmap_mode="r") if is_npy else _read_hdf5(path, values)
+        if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
+            raise ValueError(f"shape {features.shape}, {features.dtype}")
     except Exception as error:  # a damaged file makes numpy raise almost anything
-        reason = f"({error}): expected an .npy or HDF5 array (L, C)"
-        raise InputError(f"{path} cannot be read {reason}") from None
-    if features.ndim != 2 or not len(features) or not np.issubdtype(features.dtype, np.floating):
-        got = f"shape {features.shape}, {features.dtype}"
-        raise InputError(f"{path} has {got}; expected floating-point features (L, C)")
+        expected = "expected floating-point features (L, C), .npy or HDF5"
+        raise InputError(f"{path} cannot be read ({error}); {expected}") from None
     return features
 
 
@@ -713,16 +659,16 @@ def check_finite(x, path, dtype=None):
 def read_feature_info(source):
     """Return the features.json beside each source of features, a list of those that exist."""
     folders = [s if os.path.isdir(s) else os.path.dirname(s) or "." for s in as_list(source)]
-    paths = dict.fromkeys(f"{folder}/features.json" for folder in folders)
-    expected = '{"videos": {VIDEO: {"duration_sec": seconds}}, ...}'
-    return [_read_json(p, expected, _check_feature_info) for p in paths if os.path.exists(p)]
-
-
-def _check_feature_info(content):
-    _parse_durations({name: v["duration_sec"] for name, v in content.get("videos", {}).items()})
-    if not isinstance(content.get("seconds", 0.0), (int, float)):
-        raise ValueError(f"seconds {content['seconds']}")
-    return content
+    found = []
+    for path in filter(os.path.exists, dict.fromkeys(f"{f}/features.json" for f in folders)):
+        with _expecting('{"videos": {VIDEO: {"duration_sec": seconds}}, ...}', path):
+            info = load_json(path)
+            videos = info.get("videos", {}).items()
+            _parse_durations({name: video["duration_sec"] for name, video in videos})
+            if not isinstance(info.get("seconds", 0.0), (int, float)):
+                raise ValueError(f"seconds {info['seconds']}")
+            found.append(info)
+    return found
 
 
 class FeatureDataset:
@@ -768,9 +714,6 @@ class FeatureDataset:
         other.paths = [[paths[i] for i in indices] for paths in self.paths]
         return other
 
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: there is no augmentation."""
-
     def __len__(self):
         return len(self.items if self.window else self.videos)
 
@@ -794,6 +737,7 @@ class FeatureDataset:
 
     def __getitem__(self, pair):
         index, fidelity = pair
+        index %= len(self)
         if self.window:
             i, first = self.items[index]
             x = self.features(i, rows=slice(first, first + self.window))
@@ -838,7 +782,6 @@ class SubsequenceDataset:
         self.length = length
         self.per_video = per_video
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.counts = [features.num_snippets(i) for i in range(len(features))]
         self.kept = [i for i, count in enumerate(self.counts) if count >= length]
         self.left_out = [self.videos[i].name for i, n in enumerate(self.counts) if n < length]
@@ -848,14 +791,13 @@ class SubsequenceDataset:
         cached = 4e-9 * sum(self.counts) * features.channels <= cache_gb
         self.cache = {i: features.features(i) for i in self.kept} if cached else {}
 
-    set_epoch = VideoDataset.set_epoch
-
     def __len__(self):
         return len(self.kept) * self.per_video
 
     def __getitem__(self, pair):
-        i = self.kept[pair[0] % len(self.kept)]
-        key = seed_of(self.seed, "subsequence", int(self.epoch), pair[0])
+        epoch, index = divmod(pair[0], len(self))
+        i = self.kept[index % len(self.kept)]
+        key = seed_of(self.seed, "subsequence", epoch, index)
         generator = torch.Generator().manual_seed(key)
         start = sample_subsequences([self.counts[i]], self.length, generator=generator).item()
         rows = slice(start, start + self.length)
@@ -900,8 +842,6 @@ def windows_with_segments(videos, counts, length, least=0.5):
 
 
 # ----------------------------------------------------------------------------------------- loading
-
-SHARED_MEMORY_FULL = "/dev/shm is full: start Docker with --shm-size=16g or set data.workers=0"
 
 
 def collate(samples: list[dict]) -> dict:
@@ -959,7 +899,8 @@ class BatchLoader(DataLoader):
         except RuntimeError as error:
             killed_by = [-p.exitcode for p in self.processes if (p.exitcode or 0) < 0]
             if signal.SIGBUS in killed_by or "shared memory" in str(error):
-                raise InputError(SHARED_MEMORY_FULL) from None
+                remedy = "start Docker with --shm-size=16g or set data.workers=0"
+                raise InputError(f"/dev/shm is full: {remedy}") from None
             if killed_by:
                 worker = f"a data loading worker was killed ({signal.Signals(killed_by[0]).name})"
                 raise InputError(f"{worker}; out of memory? set data.workers lower") from None

@@ -69,7 +69,6 @@ def train(model, dataset, fidelities, backward, name, options, cfg, ddp, **sampl
     max_norm = options.get("clip_grad_norm") or float("inf")  # inf: measured, not clipped
     with checkpoint.StopSignals() as signals, localizer.global_batchnorm(model, ddp):
         for epoch in range(progress.epoch, options["epochs"]):
-            dataset.set_epoch(epoch)
             sampler.set_epoch(epoch, progress.step)  # resumes here: step 0 but in the first epoch
             progress.start_epoch()
             for i, batch in enumerate(progress.batches(loader), progress.step):

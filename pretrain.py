@@ -239,16 +239,14 @@ class ClipDataset:
     seed: int = 0
 
     def __post_init__(self):
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes see it
         self.group_size = len({clip.playback for clip in self.videos})
-
-    set_epoch = data.VideoDataset.set_epoch
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, pair):
         index, fidelity = pair
+        epoch, index = divmod(index, len(self))
         clip = self.videos[index]
         source = media.open_media(clip.path)
         first, end = 0, source.num_frames
@@ -266,7 +264,7 @@ class ClipDataset:
         draws = [0.5, 0.5, 0.5, 1.0]
         if self.train:
             group = index // self.group_size
-            rng = np.random.default_rng(data.seed_of(self.seed, "view", int(self.epoch), group))
+            rng = np.random.default_rng(data.seed_of(self.seed, "view", epoch, group))
             draws = rng.random(4).tolist()
         where, *corner, chance = draws
         flip = self.flip and chance < 0.5

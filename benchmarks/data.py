@@ -35,7 +35,8 @@ from tools.prepare_data import prepare
 
 VIDEO = {"snippets": 100, "frames_per_snippet": 8, "stride": 8, "size": 224, "crop": 0.875}
 FULL = data.Fidelity("full", 100, 224)
-FIDELITIES = data.fidelities(FULL, {"S": [100, 112], "T": [25, 224], "ST": [50, 158]})
+SIZES = {"full": [100, 224], "S": [100, 112], "T": [25, 224], "ST": [50, 158]}
+FIDELITIES = {name: data.Fidelity(name, *size) for name, size in SIZES.items()}
 
 
 class PilFolder:
@@ -101,8 +102,7 @@ def loader(path, duration):
     dataset = data.VideoDataset([video], train=True, **VIDEO)
 
     def load(fidelity, seed):
-        dataset.set_epoch(seed)
-        return data.collate([dataset[0, fidelity]])["frames"]
+        return data.collate([dataset[seed, fidelity]])["frames"]  # of one video an epoch
 
     return load
 

@@ -136,8 +136,7 @@ def test_ambiguous_segments_are_no_actions(tmp_path):
         "t: 2 of 3 segments are labelled Ambiguous, and are no actions",
         "t: 1 of 3 segments cannot be used, see python -m tools.check_data",
     ]
-    with pytest.raises(InputError, match="no usable segment"):
-        data.check_segments({"t": [make_video("v", 8.0, [(1, 2)], ["Ambiguous"])]}, train="t")
+    assert data.class_names([make_video("v", 8.0, [(1, 2)], ["Ambiguous"])]) == []
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.inf, "x", [1], None])
@@ -164,7 +163,7 @@ def test_foreign_feature_files_are_named(tmp_path):
     (tmp_path / "negative.npy").write_bytes(header.ljust(79) + b"\n" + bytes(64))
     np.save(tmp_path / "text.npy", np.array([["a"]]))
     for name in ("z", "negative", "text"):
-        with pytest.raises(InputError, match=rf"{name}\.npy (cannot be read|has shape)"):
+        with pytest.raises(InputError, match=rf"{name}\.npy cannot be read"):
             data.read_features(f"{tmp_path}/{name}.npy")
     np.save(tmp_path / "huge.npy", np.full((2, 3), 1e300))
     with pytest.raises(InputError, match=r"huge\.npy has NaN or infinite"):
@@ -181,11 +180,10 @@ def test_foreign_hdf5_files_are_named(tmp_path):
         file.create_dataset("vast", (10**6, 10**6), "f4", chunks=(1000, 1000))
         file["folder/v"] = np.ones((4, 3), np.float32)
     for key in ("text", "loop", "vast", "soft"):
-        with pytest.raises(InputError, match=rf"{key} (cannot be read|has shape)"):
-            data.read_features(f"{tmp_path}/f.h5/{key}")
+        with pytest.raises(InputError, match=rf"{key} cannot be read"):
+            data.read_features(f"{tmp_path}/f.h5::{key}")
     found = data.find_features(f"{tmp_path}/f.h5", ["folder/v", "none"])
     assert data.read_features(found["folder/v"]).shape == (4, 3) and len(found) == 1
-    assert data.feature_file(found["folder/v"]) == f"{tmp_path}/f.h5"
     # Where only the shape is wanted, nothing is read and nothing held.
     shape = data.read_features(found["folder/v"], values=False)
     assert shape.shape == (4, 3) and shape.strides == (0, 0)
@@ -195,7 +193,7 @@ def test_a_duplicate_video_is_named(tmp_path):
     video = json.dumps(entry())
     text = f'{{"database": {{"v": {video}, "w": {video}, "v": {video}}}}}'
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(InputError, match=r"bad\.json .*duplicate key 'v'"):
+    with pytest.raises(evaluate.InputError, match=r"bad\.json .*duplicate key 'v'"):
         data.load_annotations(str(tmp_path / "bad.json"))
 
 
@@ -209,21 +207,6 @@ def test_segments_that_cannot_be_used_are_counted_and_do_not_stop(tmp_path):
     expected = torch.tensor([[0.2, 0.5], [0.2, 0.5], [0, 0.3], [0.9, 1]])
     torch.testing.assert_close(videos[0].actions[0], expected)
     assert len(logged) == 1 and "4 of 8 segments cannot be used" in logged[0]
-
-
-def test_segments_that_no_run_can_use_are_found_at_its_start(tmp_path):
-    w = entry("validation", segments=[(1, 2), (math.nan, 3)])
-    database = {"v": entry(segments=[(5, 2)]), "w": w, "x": entry("test", segments=[])}
-    subsets = data.load_annotations(write_annotations(tmp_path / "a.json", database))
-    data.check_segments(subsets)
-    data.check_segments(subsets, "validation", "training")
-    data.check_segments(subsets, "gone", "gone", needs="a key")
-    with pytest.raises(InputError, match="subset training has no usable segment"):
-        data.check_segments(subsets, "training")
-    with pytest.raises(InputError, match=r"subset validation: NaN.* in w"):
-        data.check_segments(subsets, None, "validation")
-    with pytest.raises(InputError, match="a key, but subset test has no segments"):
-        data.check_segments(subsets, None, "test", needs="a key")
 
 
 def test_fingerprints_tell_what_is_trained_on_not_where_it_lies():
@@ -413,11 +396,9 @@ def test_names_may_be_spelt_with_v_or_without(tmp_path):
     videos = data.select_videos(subsets, "training", str(tmp_path), "frames")
     files = [(video.name, os.path.basename(video.path)) for video in videos]
     assert files == [("a", "v_a.zip"), ("v_b", "b.zip")]
-    assert data.describe_videos(videos)["v_b"] == {"duration_sec": 10.0, "fps": 8}
     videos = data.select_videos(subsets, "training", str(tmp_path), "features")
     dataset = data.FeatureDataset(videos, str(tmp_path), [])
     assert [dataset[i, data.NATIVE]["name"] for i in range(2)] == ["a", "v_b"]
-    assert data.describe_videos(videos)["v_b"] == {"duration_sec": 10.0, "fps": None}
 
 
 def test_a_video_in_two_subsets_is_told(tmp_path):
@@ -500,17 +481,6 @@ def test_frames_that_were_prepared_for_other_snippets_are_reported(tmp_path):
 # --------------------------------------------------------------------------------------- fidelities
 
 
-def test_fidelities_are_numbers_up_to_full_fidelity():
-    full = data.Fidelity("full", 100, 224)
-    sizes = {"S": [100, 112], "T": [25, 224], "ST": [50, 158]}
-    known = data.fidelities(full, sizes)
-    assert list(known) == ["full", "S", "T", "ST"] and known["full"] == full
-    assert known["ST"] == data.Fidelity("ST", 50, 158)
-    for size in ([100], [0, 1], [101, 112], [100, 225], [1.5, 3], ["a", 2], [1, 2, 3]):
-        with pytest.raises(InputError, match=r"fidelities\.X"):
-            data.fidelities(full, {"X": size})
-
-
 S, T, ST = data.Fidelity("S", 8, 10), data.Fidelity("T", 2, 20), data.Fidelity("ST", 4, 14)
 
 
@@ -539,10 +509,12 @@ def test_the_cycle_moves_with_epochs_or_with_batches():
 def test_every_video_once_an_epoch_up_to_padding():
     sampler = data.CyclicFidelitySampler(10, 4, [S])
     first, second = epoch_of(sampler, 0), epoch_of(sampler, 1)
-    indices = [i for batch in first for i, _ in batch]
+    indices, later = ([i for batch in batches for i, _ in batch] for batches in (first, second))
     assert len(first) == len(sampler) == sampler.steps_per_epoch == 3
     assert sorted(indices[:10]) == list(range(10)) and indices[10:] == indices[:2]
-    assert first != second and first == epoch_of(data.CyclicFidelitySampler(10, 4, [S]), 0)
+    # Indices go on over epochs.
+    assert sorted(later[:10]) == list(range(10, 20)) and [i - 10 for i in later] != indices
+    assert first == epoch_of(data.CyclicFidelitySampler(10, 4, [S]), 0)
     assert first != epoch_of(data.CyclicFidelitySampler(10, 4, [S], seed=1), 0)
     # fewer videos than a batch
     few = data.CyclicFidelitySampler(2, 5, [S])
@@ -628,8 +600,7 @@ def test_views_are_random_by_epoch_and_video_and_the_same_again(tmp_path):
     dataset = video_dataset(videos, train=True, **small)
 
     def view(epoch, index):
-        dataset.set_epoch(epoch)
-        frames = dataset[index, dataset.full]["frames"]
+        frames = dataset[epoch * len(dataset) + index, dataset.full]["frames"]
         # one crop and flip for all frames of the video
         assert (frames.float() - frames[:1, :1].float()).abs().max() < 1
         return frames
@@ -665,12 +636,11 @@ def test_samples_of_folders_and_of_zips_with_copies_agree(tmp_path):
         video_dataset([make_video("v", 4.0, path=tmp_path / path)], size=56, train=True)
         for path in ("f/v", "z/v.zip")
     )
-    sizes = {"S": [8, 28], "T": [2, 56], "ST": [4, 40]}
+    sizes = {"full": [8, 56], "S": [8, 28], "T": [2, 56], "ST": [4, 40]}
     for epoch in range(3):
-        folder.set_epoch(epoch)
-        prepared.set_epoch(epoch)
-        for fidelity in data.fidelities(folder.full, sizes).values():
-            a, b = (d[0, fidelity]["frames"].float() for d in (folder, prepared))
+        for name, size in sizes.items():
+            fidelity = data.Fidelity(name, *size)
+            a, b = (d[epoch, fidelity]["frames"].float() for d in (folder, prepared))
             assert a.shape == (fidelity.snippets, 4, 3, fidelity.size, fidelity.size)
             # two levels are a pixel: of corners
             assert a.shape == b.shape and (a - b).abs().mean() < 3
@@ -804,7 +774,7 @@ def test_odd_feature_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "torn.h5").write_bytes(b"no HDF5")
     messages = {
         r"line\.npy": r"shape \(5,\)",
-        r"whole\.npy": "int64; expected floating-point features",
+        r"whole\.npy": "int64.*; expected floating-point features",
         r"none\.npy": r"shape \(0, 2\)",
         r"two\.h5": "a group of 2 within 0 groups, not an array",
         r"soft\.h5": "a group of 1 within 7 groups, not an array",
@@ -856,7 +826,7 @@ def test_a_message_is_short_and_both_readers_refuse_the_same_encodings(tmp_path)
         data.fill_durations([make_video("v", math.nan)], str(path))
     assert len(str(error.value)) < 1000
     path.write_text(json.dumps({"database": {}}), encoding="utf-16")
-    with pytest.raises(InputError, match=r"d\.json is not valid"):
+    with pytest.raises(evaluate.InputError, match=r"d\.json cannot be read as JSON"):
         data.load_annotations(str(path))
 
 
@@ -881,12 +851,12 @@ def test_subsequences_follow_seed_epoch_and_index_alone(tmp_path):
         starts = range(whole.shape[1] - 22)
         assert any(torch.equal(x, whole[:, start : start + 23]) for start in starts)
 
-    def all_of(dataset):
-        return torch.stack([dataset[i, data.NATIVE]["features"] for i in range(len(dataset))])
+    def all_of(dataset, epoch=0):
+        indices = range(epoch * len(dataset), (epoch + 1) * len(dataset))
+        return torch.stack([dataset[i, data.NATIVE]["features"] for i in indices])
 
     first = all_of(one)
-    one.set_epoch(1)
-    assert not torch.equal(first, all_of(one)) and not torch.equal(first, all_of(other))
+    assert not torch.equal(first, all_of(one, 1)) and not torch.equal(first, all_of(other))
     # the third video, c: uniform over the starts that fit
     generator = torch.Generator().manual_seed(data.seed_of(1, "subsequence", 0, 2))
     start = int(torch.rand(1, generator=generator, dtype=torch.float64) * (47 - 23 + 1))

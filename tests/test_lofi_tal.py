@@ -209,9 +209,7 @@ def test_a_start_tells_what_is_out_of_date(toy, tmp_path, from_acp, capsys):
         np.save(path, x + 1)
         assert f"stage {stage} is out of date: its features changed" in error_of(run)
         np.save(path, x)
-        capsys.readouterr()
-        lofi_tal.main(run)
-        assert f"stage {stage}: its features have other times" in capsys.readouterr().out
+        lofi_tal.main(run)  # their times do not count
 
     encoder = f"{out}/lofi/encoder.pt"
     os.rename(encoder, f"{tmp_path}/encoder.pt")

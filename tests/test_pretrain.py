@@ -170,7 +170,6 @@ def test_both_playbacks_of_a_clip_are_in_one_batch_and_look_alike(tmp_path):
     group = {"group_size": dataset.group_size}
     sampler = data.CyclicFidelitySampler(len(dataset), 4, [LOW], **group)
     for epoch in range(3):
-        dataset.set_epoch(epoch)
         sampler.set_epoch(epoch)
         for batch in data.BatchLoader(dataset, sampler, 0, torch.device("cpu")):
             assert batch["name"][::2] == batch["name"][1::2]
@@ -350,7 +349,6 @@ def test_each_task_is_learnt_from_clips_that_show_it(task, tmp_path):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * len(sampler))
     loader = data.BatchLoader(dataset, sampler, 0, DDP.device)
     for epoch in range(epochs):
-        dataset.set_epoch(epoch)
         sampler.set_epoch(epoch)
         for batch in loader:
             optimizer.zero_grad()

@@ -370,10 +370,6 @@ def find_sources(args):
         return Sources(*given, json=args.json)
     cfg = config.load_config(args.cfg, args.set)
     stages = set(cfg.stages)
-    video = cfg.video
-    settings = {"frames": video.frames_per_snippet, "stride": video.stride, "rate": video.rate}
-    if not video.rate:
-        settings["snippets"] = video.snippets
     features = data.as_list(cfg.data.features or [])
     if not features and {"sola", "head", "detect"} & stages and "features" not in stages:
         features = [RunFolder(cfg.out).features]
@@ -383,7 +379,8 @@ def find_sources(args):
     required = ["frames"] if config.reads_frames(cfg, stages) else []
     required += ["features"] if sources.features else []
     sources.split, sources.json = (*subsets, cfg.data.val_share), args.json
-    return replace(sources, settings=settings, required=required, train=cfg.data.train_subset)
+    sources.settings = config.frame_settings(cfg)
+    return replace(sources, required=required, train=cfg.data.train_subset)
 
 
 def main(argv=None):
