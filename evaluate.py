@@ -762,13 +762,10 @@ def evaluate(
     notes = []
     ar = (1, 5, 10, 50, 100) if ar is True else ar
     thresholds = _check_options(thresholds, {"AN": ar or (), "k of the recall": recall})
-    data, name = _load(gt, "ground truth")
-    truth = _read_ground_truth(data, name, subset, notes)
+    truth = _read_ground_truth(*_load(gt, "ground truth"), subset, notes)
     data, name = _load(pred, "results")
     predicted = _read_predictions(data, name, truth, subset, ar, notes)
-    external = data.get("external_data")
-    source = external.get("class_source", "unknown") if type(external) is dict else "unknown"
-    is_agnostic = predicted.label is None
+    source = "none (class-agnostic proposals)" if predicted.label is None else _class_source(data)
     metrics = {
         "subset": subset,
         "thresholds": thresholds.tolist(),
@@ -779,10 +776,10 @@ def evaluate(
         "classes": len(truth.classes),
         "predictions": len(predicted.video),
         "unknown_videos": len(data["results"].keys() - {*truth.videos}),
-        "class_source": "none (class-agnostic proposals)" if is_agnostic else str(source),
+        "class_source": str(source),
         "interpolated": bool(interpolate),
     }
-    if not is_agnostic:
+    if predicted.label is not None:
         metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall)
     if ar:
         metrics["AR"] = _average_recall(truth, predicted, ar, notes)
@@ -790,6 +787,12 @@ def evaluate(
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return metrics
+
+
+def _class_source(result):
+    """Return who made the classes of a result, as its external data say."""
+    external = result.get("external_data")
+    return external.get("class_source", "unknown") if isinstance(external, dict) else "unknown"
 
 
 def _check_options(thresholds, counts):

@@ -8,18 +8,17 @@
                                                               features before and after SoLa
 
 Pictures go to RUN/pictures unless --out is given. An existing file is replaced only if it is a
-picture of this program. The same files give the same bytes, white ground and dark text.
+picture of this program. The same files give the same bytes, white ground and dark text. Boxes
+stand for letters of no installed font: try apt-get install fonts-noto-core fonts-noto-cjk.
 """
 
 import argparse
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import signal
-import sys
 import textwrap
 import warnings
 from dataclasses import dataclass, field
@@ -51,6 +50,11 @@ MEASURES |= {"gradient_norm": "gradient norm", "gate": "gate tanh(alpha)"}
 MEASURES["spread"] = "spread of features"
 NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "data_wait", "peak_memory_gb"}
 
+# A letter is drawn in the first that has it: those of Linux, of macOS and of Windows.
+FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei"]
+FONTS += ["PingFang SC", "Hiragino Sans", "Arial Unicode MS", "Microsoft YaHei", "Malgun Gothic"]
+FONTS += ["Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Nirmala UI"]
+
 DPI = 150
 # A timeline in inches.
 WIDTH, MARGIN, HEAD, FOOT = 10.0, 0.2, 0.62, 0.52
@@ -69,10 +73,11 @@ def _style():
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), DARK)
     style |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6)
     style |= {"axes.edgecolor": MID, "font.size": 8, "text.parse_math": False}
+    style["font.family"] = FONTS
     style |= {"axes.axisbelow": True, "axes.titlelocation": "left", "axes.titlesize": 9}
     style |= {"grid.color": PALE, "grid.linewidth": 0.6, "legend.frameon": False}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        # See _find_fonts, which says so in one line; and not every font is there in bold.
+        # Nobody has all of FONTS, nor each in bold.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         yield
@@ -108,40 +113,9 @@ def _text_width(text, **font):
     return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
 
 
-@functools.cache
-def _fonts():
-    """Return {family: its letters} of matplotlib's default font, then of all that are installed."""
-    from matplotlib import font_manager
-
-    found = [path for path in font_manager.findSystemFonts() if "LastResort" not in path]
-    found.sort(key=lambda path: ("Regular" not in path, "Serif" in path, path))  # plain ones first
-    fonts = {}
-    for path in [font_manager.findfont("DejaVu Sans"), *found]:
-        with contextlib.suppress(OSError, RuntimeError):  # no font, or one of bitmaps
-            font_manager.fontManager.addfont(path)  # its own list may be older
-            font = font_manager.get_font(path)
-            fonts.setdefault(font.family_name, font.get_charmap().keys())
-    return fonts
-
-
-_say_once = functools.cache(lambda line: print(line, file=sys.stderr))
-
-
 def _text(value):
-    """Return a value as text of at most 1000 letters, without such as no font can have. What is
-    drawn after it takes its letters from whatever installed font has them."""
-    from matplotlib import rcParams
-
-    text = str(value).encode(errors="replace").decode()[:1000]
-    lacking = set() if text.isascii() else set(map(ord, filter(str.isprintable, text)))
-    for family, letters in _fonts().items() if lacking else ():
-        if lacking & letters:
-            rcParams["font.family"] = list(dict.fromkeys([*rcParams["font.family"], family]))
-            lacking -= letters
-    if lacking:
-        fonts = "install a font, e.g. apt-get install fonts-noto-core fonts-noto-cjk"
-        _say_once(f"tools.plot: boxes stand for letters that no font has; {fonts}")
-    return text
+    """Return a value as text of at most 1000 letters, without such as no font can have."""
+    return str(value).encode(errors="replace").decode()[:1000]
 
 
 def _fit(text, width, **font):
