@@ -35,6 +35,7 @@ ACTIVITYNET_TIOU = np.linspace(0.5, 0.95, 10)
 LENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 # What malformed JSON raises where numbers are made of it.
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError, OverflowError)
+MARK = "python evaluate.py --json"  # tells its files from others
 # In place of a prediction's ground truth: none, and then either wrong or not counted.
 FALSE, IGNORED = -1, -2
 
@@ -501,6 +502,15 @@ def write_atomic(path, write, host=""):
             os.remove(part)
 
 
+def refuse_to_replace(path, mark):
+    """Raise InputError if there is such a file, and `mark` is not in its first 1000 bytes."""
+    if path and os.path.lexists(path):
+        with suppress(OSError), open(path, "rb") as file:
+            if mark.encode() in file.read(1000):
+                return
+        raise InputError(f"{path} already exists, of another program: name another file")
+
+
 def write_json(content, path, indent=None, allow_nan=False):
     """Write JSON, which has no NaN unless Python reads it; a reader never sees half a file."""
     text = json.dumps(content, indent=indent, allow_nan=allow_nan)
@@ -903,14 +913,6 @@ def _thresholds(text):
     return np.linspace(low, high, count + 1)
 
 
-def _is_own(path):
-    """Return whether this program wrote a file, or none exists; a run's metrics have a seed."""
-    with suppress(InputError):
-        found = _load(path, "metrics")[0].keys()
-        return {"thresholds", "warnings"} <= found and "seed" not in found
-    return not os.path.lexists(path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score a result.")
@@ -926,8 +928,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", metavar="FILE", help="write the numbers at full precision")
     args = parser.parse_args(argv)
     try:
-        if args.json and not _is_own(args.json):
-            raise InputError(f"{args.json} already exists and is no output of this program")
+        refuse_to_replace(args.json, MARK)
         with warnings.catch_warnings():
             # Printed below.
             warnings.simplefilter("ignore", UserWarning)
@@ -937,7 +938,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for note in metrics["warnings"]:
             print(f"warning: {note}", file=sys.stderr)
         if args.json:
-            write_json(metrics, args.json, indent=1)
+            write_json({"made_by": MARK, **metrics}, args.json, indent=1)
     except InputError as error:
         sys.exit(f"{parser.prog}: {error}")
     # Last: a reader that is gone, as `| head` may be, ends the program here.

@@ -153,14 +153,9 @@ def localize(model, video, bar=False):
 
 def table(detections, most=10):
     """Return the best detections as lines of text, times in seconds."""
-    if not detections:
-        return "  no detections"
-    lines = [f"  {'score':>5}  {'start':>8}  {'end':>8}  class (times in seconds)"]
-    for d in detections[:most]:
-        start, end = d["segment"]
-        score = f"{d['score']:.3f}" if d["score"] >= 0.001 else f"{d['score']:.0e}"
-        lines.append(f"  {score}  {start:8.2f}  {end:8.2f}  {d['label']}")
-    return "\n".join(lines)
+    rows = [(d["label"], f"{d['score']:.3g}", *d["segment"]) for d in detections[:most]]
+    rows = [[label, score, f"{start:.2f}", f"{end:.2f}"] for label, score, start, end in rows]
+    return evaluate.markdown_table(["class", "score", "start (s)", "end (s)"], rows)
 
 
 def unique_name(path, taken):

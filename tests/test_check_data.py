@@ -248,7 +248,7 @@ def test_the_list_is_written_beside_the_annotations_and_nothing_over(messy, tmp_
     assert "8 problems, listed in" in printed and "2 x label lacking" in printed
     assert "1 x segment ends before it starts (left out)" in printed
     (tmp_path / "mine.txt").write_text("notes")
-    with pytest.raises(SystemExit, match="is not a list of problems"):
+    with pytest.raises(SystemExit, match="already exists, of another program"):
         main([*command, "--problems", str(tmp_path / "mine.txt")])
     assert (tmp_path / "mine.txt").read_text() == "notes"
 

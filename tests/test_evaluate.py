@@ -1056,6 +1056,7 @@ def test_program(tmp_path, files, capsys):
     ev.main(command)
     text = capsys.readouterr().out
     metrics = json.loads(out.read_text())
+    assert metrics.pop("made_by") == ev.MARK
     # At full precision.
     assert metrics == ev.evaluate(files[1], files[3], thresholds=np.linspace(0.5, 0.9, 5), ar=True)
     assert metrics["mAP"] == {"0.5": 2 / 3, "0.6": 2 / 3, "0.7": 2 / 3, "0.8": 2 / 3, "0.9": 1 / 3}

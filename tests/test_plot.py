@@ -414,7 +414,7 @@ def test_only_our_own_pictures_are_replaced(tmp_path):
     foreign.write_bytes(b"\x89PNG of another program")
     (tmp_path / "folder.png").mkdir()
     for path in (foreign, tmp_path / "folder.png"):
-        with pytest.raises(InputError, match="not a picture of this program"):
+        with pytest.raises(InputError, match="already exists, of another program"):
             plot.save(make_figure(), str(path))
     assert foreign.read_bytes() == b"\x89PNG of another program"
     plot.save(make_figure(), str(ours))

@@ -24,7 +24,7 @@ import data
 import media
 from checkpoint import RunFolder, save_json, write_atomic
 from data import first_names
-from evaluate import is_ambiguous, markdown_table
+from evaluate import is_ambiguous, markdown_table, refuse_to_replace
 from media import InputError
 from pretrain import gaps
 from tools.jobs import run_jobs
@@ -354,10 +354,7 @@ def recommend(videos):
 
 def write_problems(problems, path):
     """Write a line for each problem; raise InputError if `path` holds anything but such a list."""
-    if os.path.lexists(path):
-        with open(path, errors="replace") as file:
-            if not file.readline().startswith(MARK):
-                raise InputError(f"{path} is not a list of problems: name another --problems")
+    refuse_to_replace(path, MARK)
     lines = [f"{MARK}: {len(problems)}"]
     lines += ["\t".join(" ".join(text.split()) for text in problem) for problem in problems]
     write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode(errors="replace")))

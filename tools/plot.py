@@ -30,7 +30,7 @@ import numpy as np
 from checkpoint import DAMAGE, RunFolder, write_atomic
 from config import STAGES, one_line_errors
 from data import first_names, load_annotations
-from evaluate import load_results
+from evaluate import load_results, refuse_to_replace
 from media import InputError, find_media, open_media, spellings
 from pretrain import METHODS
 from tools.compare_runs import compare
@@ -98,9 +98,7 @@ def save(figure, path):
     """Write a PNG. Raises InputError if anything but a picture of ours has this name."""
     if not path.endswith(".png"):
         raise InputError(f"{path}: expected a name that ends in .png")
-    ours = os.path.isfile(path) and SOFTWARE.encode() in Path(path).read_bytes()[:512]
-    if os.path.exists(path) and not ours:
-        raise InputError(f"{path} exists and is not a picture of this program; remove it first")
+    refuse_to_replace(path, SOFTWARE)
     write_atomic(path, lambda file: figure.savefig(file, metadata={"Software": SOFTWARE}))
 
 
