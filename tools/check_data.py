@@ -265,17 +265,13 @@ def missing_sources(sources, chosen, known):
 
 
 def compare_subsets(checks, sources):
-    """Yield a Problem for each label that a subset lacks, for each video that others have, spelt
-    otherwise, and for features of unusual width."""
+    """Yield a Problem for each video that others have, spelt otherwise, and for features of
+    unusual width."""
     spelt = {}
     for subset, name in [(check.name, name) for check in checks for name in check.names]:
         other = spelt.setdefault(min(media.spellings(name)), (subset, name))
         if other[0] != subset:
             yield Problem(subset, name, "video in two subsets", f"{other[1]} in {other[0]}")
-    labels = set().union(*(subset.classes for subset in checks))
-    for subset in [subset for subset in checks if subset.classes]:
-        for label in sorted(labels.difference(subset.classes)):
-            yield Problem(subset.name, "-", "label lacking", label)
     for source in sources.features:
         rows = [(subset.name, *row) for subset in checks for row in subset.channels[source]]
         usual = Counter(channels for *_, channels in rows).most_common(1)

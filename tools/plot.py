@@ -22,6 +22,7 @@ import signal
 import textwrap
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -127,13 +128,8 @@ def _fit(text, width, **font):
 
 
 def format_time(seconds, longest):
-    """Write 8.5 as "8.5", from two minutes of `longest` on as "0:08", from an hour as "0:00:08"."""
-    if longest < 120:
-        return f"{seconds:g}"
-    minutes, rest = divmod(round(seconds), 60)
-    if longest < 3600:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    """Write 8.5 as "8.5", or as "0:00:08" if `longest` is two minutes or more."""
+    return f"{seconds:g}" if longest < 120 else str(timedelta(seconds=round(seconds)))
 
 
 def tick_times(duration, most=10):
@@ -241,7 +237,7 @@ def _draw_title(figure, text, top, colour, **font):
 
 
 def _draw_time_axis(axes, height, duration):
-    unit = "s" if duration < 120 else "min:s" if duration < 3600 else "h:min:s"
+    unit = "s" if duration < 120 else "h:min:s"
     axes.set(gid="timeline", xlim=(0, 1), ylim=(height, 0), yticks=[], xlabel=f"time ({unit})")
     ticks = tick_times(duration)
     labels = [format_time(round(time, 6), duration) for time in ticks]
@@ -331,26 +327,21 @@ def draw_map(rows):
     """Return mAP against tIoU of several runs: rows of tools.compare_runs.compare."""
     figure = _figure(8.0, 3.8 + 0.2 * len(rows), layout="constrained")
     axes = figure.add_subplot()
-    notes = []
-    for row in rows:
-        seeds = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
-        videos = f"{row['evaluated_videos']} of {row['ground_truth_videos']} videos"
-        notes.append(f"{videos}{seeds}, classes from: {row['class_source']}")
-    all_equal = len(set(notes)) == 1
     for i, row in enumerate(rows):
         points = sorted((float(t), 100 * value) for t, value in row["mAP"].items())
         deviation = (row["std"] or {}).get("average")
         spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
-        label = f"{_fit(row['name'], 2.0)}: {100 * row['average']:.2f}{spread} %"
-        label = _fit(label + ("" if all_equal else f", {notes[i]}"), 7.4)
+        seeds = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
+        label = f"{_fit(row['name'], 2.0)}: {100 * row['average']:.2f}{spread} %{seeds}, "
+        label += f"{row['evaluated_videos']} of {row['ground_truth_videos']} videos, "
+        label = _fit(f"{label}classes from: {row['class_source']}", 7.4)
         line = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "markersize": 4.5}
         axes.plot(*zip(*points, strict=True), label=label, marker="osD^vPX*"[i % 8], **line)
     axes.set(xlabel="tIoU threshold", ylabel="mAP (%)", ylim=(0, max(1.0, axes.get_ylim()[1])))
     axes.set_xticks(sorted({float(t) for row in rows for t in row["mAP"]}))
     axes.grid()
     axes.spines[["top", "right"]].set_visible(False)
-    title = f"average mAP, {notes[0]}" if all_equal else "average mAP"
-    figure.legend(loc="outside lower left", title=_fit(title, 7.7), alignment="left")
+    figure.legend(loc="outside lower left", title="average mAP", alignment="left")
     return figure
 
 
@@ -399,8 +390,7 @@ def _draw_curves(axes, records, keys, is_losses):
     # Terms of very different sizes.
     if is_losses and finite and 0 < 20 * min(finite) < max(finite):
         axes.set_yscale("log")
-        if max(finite) < 1000 * min(finite):
-            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
