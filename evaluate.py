@@ -273,7 +273,7 @@ def load_results(path: str | os.PathLike) -> tuple[dict[str, list[dict]], dict]:
     data, name = _load(path, "results")
     _read_entries(data.get("results"), name, ("label", "segment", "score"), [])
     external = data.get("external_data") or {}
-    with suppress(AttributeError, KeyError, TypeError):
+    with suppress(*MALFORMED):
         known = external.get("videos", {}).values()
         if all(os.fspath(video["path"]) and 0 < video["duration"] < np.inf for video in known):
             return data["results"], external

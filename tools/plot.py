@@ -444,10 +444,7 @@ def draw_similarity(names, before_sola, after_sola, truth=None):
     """
     V = len(names)
     maps = {"raw": np.asarray(before_sola, float), "SoLa": np.asarray(after_sola, float)}
-    shapes = [x.shape for x in maps.values()]
-    L = shapes[0][-1]
-    if shapes != [(V, L, L)] * 2:
-        raise InputError(f"similarity maps of shapes {shapes}, expected (V, L, L) twice, V = {V}")
+    L = maps["raw"].shape[-1]
     per_row = 2 if V > 2 else 1
     num_rows = math.ceil(V / per_row)
     figure = _figure(4.9 * per_row + 0.6, 2.75 * num_rows, layout="constrained")
@@ -528,8 +525,9 @@ def similarity(run, videos=None, gt=None):
     path = f"{run}/sola/similarity.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = file["names"].tolist(), file["raw"].astype(float), file["sola"].astype(float)
-        maps = {str(name): pair for name, *pair in zip(*columns, strict=True)}
+            names, L = file["names"].tolist(), file["raw"].shape[-1]
+            columns = [file[key].astype(float).reshape(-1, L, L) for key in ("raw", "sola")]
+        maps = {str(name): pair for name, *pair in zip(names, *columns, strict=True)}
     except Exception as error:  # a damaged file makes numpy raise almost anything
         write = f"write it with python -m tools.probe_sola {run}"
         raise InputError(f"{path} cannot be read ({error!s:.200}): {write}") from None
