@@ -767,7 +767,7 @@ def evaluate(
     as THUMOS14 has it. Raises InputError for unusable input.
     Returns {"mAP": {"0.5": ...}, "average_mAP", "common": both over the videos with predictions,
     "AP": by class, "interpolated", "evaluated_videos", "class_source", "errors", "by_length",
-    "recall", "AR", "warnings" (issued, too), ...}; scores in [0, 1].
+    "recall", "AR", "warnings" (in the report, too), ...}; scores in [0, 1].
     """
     notes = []
     ar = (1, 5, 10, 50, 100) if ar is True else ar
@@ -794,8 +794,6 @@ def evaluate(
     if ar:
         metrics["AR"] = _average_recall(truth, predicted, ar, notes)
     metrics["warnings"] = notes
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
     return metrics
 
 
@@ -882,7 +880,7 @@ def report(metrics: Mapping) -> str:
     for header, rows in tables:
         cells = [[name, *map(percent, row)] for name, row in rows.items()]
         text += f"\n\n{markdown_table(header, cells)}"
-    return text
+    return "\n".join([text, *(f"\nwarning: {note}" for note in m["warnings"])])
 
 
 def percent(x: float | None) -> str:
@@ -929,14 +927,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         refuse_to_replace(args.json, MARK)
-        with warnings.catch_warnings():
-            # Printed below.
-            warnings.simplefilter("ignore", UserWarning)
-            options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
-            options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
-            metrics = evaluate(args.gt, args.pred, **options)
-        for note in metrics["warnings"]:
-            print(f"warning: {note}", file=sys.stderr)
+        options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
+        options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
+        metrics = evaluate(args.gt, args.pred, **options)
         if args.json:
             write_json({"made_by": MARK, **metrics}, args.json, indent=1)
     except InputError as error:
