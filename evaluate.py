@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -32,6 +33,9 @@ Source = str | os.PathLike | Mapping
 ACTIVITYNET_TIOU = np.linspace(0.5, 0.95, 10)
 # Bounds of the length classes of DETAD, in fractions of the video.
 LENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# What malformed JSON raises where numbers are made of it.
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError, OverflowError)
+MARK = "python evaluate.py --json"  # tells its files from others
 # In place of a prediction's ground truth: none, and then either wrong or not counted.
 FALSE, IGNORED = -1, -2
 
@@ -181,24 +185,25 @@ def load_class_scores(
     detections), with one warning. Raises InputError, also for scores below 0, or of no video.
     """
     data, name = _load(source, "class scores")
-    if not ground_truth and isinstance(data.get("results"), dict) and "class" in data:
-        labels, table = data["class"], data["results"]
-        # A map gives each class its column.
-        columns = [*map(str, range(len(labels)))] if isinstance(labels, dict) else None
-        if columns and {*map(str, labels.values())} == {*columns}:
-            labels = sorted(labels, key=lambda label: int(labels[label]))
+    if ground_truth:
+        truth = _read_ground_truth(data, name, subset, [])
+        labels = truth.classes
+        present = np.zeros((len(truth.videos), len(labels)))
+        present[truth.video, truth.label] = 1
+        table = dict(zip(truth.videos, present.tolist(), strict=True))
+    elif isinstance(data.get("results"), dict) and "class" in data:
+        labels = data["class"]
+        table = data["results"]
         if not isinstance(labels, list) or not all(isinstance(x, (str, int)) for x in labels):
             raise InputError(f'{name}: "class" must be a list of names, got {labels!s:.80}')
     else:
-        if ground_truth:
-            listed = _read_ground_truth(data, name, subset, [])
-        else:
-            listed = _read_entries(data.get("results", data), name, ("label", "score"), [])
-        labels = listed.classes if ground_truth else sorted(listed.classes)
-        rows = np.full((len(listed.videos), len(labels)), -np.inf)
-        np.maximum.at(rows, (listed.video, listed.label), listed.score)
-        rows = rows[:, _index(labels, listed.classes)]
-        table = dict(zip(listed.videos, np.where(rows == -np.inf, 0, rows), strict=True))
+        table = data.get("results", data)
+        columns = _read_entries(table, name, ("label", "score"), [])
+        labels = sorted({*columns["label"]})
+        best = {video: {} for video in table}
+        for video, label, score in zip(*columns.values(), strict=True):
+            best[video][label] = max(score, best[video].get(label, score))
+        table = {video: [row.get(label, 0) for label in labels] for video, row in best.items()}
     spellings = [(video, video.removeprefix("v_"), "v_" + video) for video in videos]
     found = [next(filter(table.__contains__, names), None) for names in spellings]
     missing = [video for video, key in zip(videos, found, strict=True) if key is None]
@@ -208,11 +213,9 @@ def load_class_scores(
             raise InputError(f"{note}: its names are {[*table][:3]!s:.80}")
         warnings.warn(f"{note}: no detections there", stacklevel=2)
     rows = [[0] * len(labels) if key is None else table[key] for key in found]
-    places = [f"{name}: video {key!r}" for key in found]
-    scores = _numbers(rows, (len(labels),), places.__getitem__, "class scores").astype(np.float64)
-    if (scores < 0).any():
-        raise InputError(f"{name}: class scores below 0 ({scores.min():g}), give probabilities")
-    return scores, labels
+    convert = partial(_numbers, shape=(len(labels),), least=0)
+    expected = f"{len(labels)} class scores of at least 0"
+    return _convert(rows, convert, expected, lambda i: f"{name}: video {found[i]!r}"), labels
 
 
 def fuse_classes(
@@ -237,12 +240,17 @@ def fuse_classes(
     Returns {video: [{"label", "score", "segment": [start_sec, end_sec]}, ...]}, best first.
     """
     B, K = scores.shape
-    valid = _checked("valid", np.ones((B, K)) if valid is None else valid, (B, K)).astype(bool)
-    segments = _checked("segments", segments, (B, K, 2), valid)
-    scores = _checked("scores", scores, (B, K), valid)
-    durations = _checked("durations", durations, (B,))
-    shape = (B, len(labels)) if class_scores.ndim == 2 else (B, K, len(labels))
-    class_scores = _checked("class_scores", class_scores, shape)
+    valid = np.ones((B, K)) if valid is None else valid
+    given = (segments, scores, valid, durations, class_scores)
+    arrays = [torch.as_tensor(x).detach().cpu().double().numpy() for x in given]
+    segments, scores, valid, durations, class_scores = arrays
+    shapes = [x.shape for x in arrays]
+    expected = [(B, K, 2), (B, K), (B, K), (B,)]
+    if shapes[:4] != expected or shapes[4] not in ((B, len(labels)), (B, K, len(labels))):
+        raise ValueError(f"shapes {shapes} do not fit {expected} and {len(labels)} labels")
+    valid = valid.astype(bool)
+    if not all(np.isfinite(x).all() for x in (segments[valid], scores[valid], class_scores)):
+        raise InputError("NaN or infinite scores; check the head and the video classifier")
     class_scores = class_scores if class_scores.ndim == 3 else class_scores[:, None]
     best = np.argsort(-class_scores, axis=-1, kind="stable")[..., :top_k]
     class_scores = np.take_along_axis(class_scores, best, -1)
@@ -252,26 +260,12 @@ def fuse_classes(
     results = {}
     for b, video in zip(range(B), videos, strict=True):
         proposal, column = emitted[b].nonzero()
-        order = np.argsort(-fused[b, proposal, column], kind="stable")
-        proposal = proposal[order]
-        column = column[order]
         found = (best[b, proposal, column], fused[b, proposal, column])
+        order = np.argsort(-found[1], kind="stable")
         seconds = segments[b, proposal] * durations[b]
-        rows = zip(*(x.tolist() for x in found), seconds.tolist(), strict=True)
+        rows = zip(*(x[order].tolist() for x in (*found, seconds)), strict=True)
         results[video] = [{"label": labels[c], "score": x, "segment": s} for c, x, s in rows]
     return results
-
-
-def _checked(name, x, shape, valid=...):
-    """Return x in float64; ValueError for another shape, InputError for a bad valid number."""
-    x = np.asarray(x.detach().cpu().double() if isinstance(x, Tensor) else x, np.float64)
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {x.shape}, expected {shape}")
-    bad = ~np.isfinite(x[valid])
-    if bad.any():
-        count = f"{bad.sum()} of {bad.size} numbers in {name} are NaN or infinite"
-        raise InputError(f"{count}; check the head and the video classifier that made them")
-    return x
 
 
 def load_results(path: str | os.PathLike) -> tuple[dict[str, list[dict]], dict]:
@@ -279,7 +273,7 @@ def load_results(path: str | os.PathLike) -> tuple[dict[str, list[dict]], dict]:
     data, name = _load(path, "results")
     _read_entries(data.get("results"), name, ("label", "segment", "score"), [])
     external = data.get("external_data") or {}
-    with suppress(AttributeError, KeyError, TypeError):
+    with suppress(*MALFORMED):
         known = external.get("videos", {}).values()
         if all(os.fspath(video["path"]) and 0 < video["duration"] < np.inf for video in known):
             return data["results"], external
@@ -299,14 +293,14 @@ def save_results(results: Mapping[str, list[dict]], path: str | os.PathLike, **e
 
 @dataclass
 class _Segments:
-    """Columns of entries in a file's order: P of a result, or the G of the ground truth."""
+    """Columns of N entries, in a file's order, in terms of a ground truth's videos and classes."""
 
-    videos: list[str]  # V
-    video: np.ndarray  # (P,) index among videos, -1 unknown
-    classes: list[str] | None = None  # n
-    label: np.ndarray | None = None  # (P,) index among classes, -1 unknown
-    segment: np.ndarray | None = None  # (P, 2) seconds
-    score: np.ndarray | None = None  # (P,)
+    video: np.ndarray  # (N,) index among the videos, -1 unknown
+    label: np.ndarray | None  # (N,) index among the classes, -1 unknown
+    segment: np.ndarray  # (N, 2) seconds
+    score: np.ndarray  # (N,)
+    videos: list[str] = ()  # V
+    classes: list[str] = ()  # n
     durations: np.ndarray | None = None  # (V,) seconds, NaN where unknown
     ambiguous: "_Segments | None" = None  # of a ground truth: what is labelled so, in no class
 
@@ -316,33 +310,65 @@ class _Segments:
         return replace(self, **columns)
 
 
-def _read_entries(table, name, keys, notes, optional=None):
-    """Read columns of {video: [entry, ...]}; one is optional if no entry at all has it."""
-    if not isinstance(table, dict):
-        raise InputError(f"{name}: expected {{video: [entries]}}, got {type(table).__name__}")
-    for video, entries in table.items():
-        if not isinstance(entries, list):
-            raise InputError(f"{name}: video {video!r} must have a list, got {entries!s:.80}")
-    entries = list(chain.from_iterable(table.values()))
-    video = np.repeat(np.arange(len(table)), [*map(len, table.values())])
-    read = _Segments([*table], video)
+def _read_entries(table, name, keys, notes, needs_label=True):
+    """Return columns {"video": names, **keys} of {video: [entry, ...]}."""
+    lists = [*table.values()] if isinstance(table, dict) else [None]
+    if not all(isinstance(entries, list) for entries in lists):
+        raise InputError(f"{name}: expected {{video: [entry, ...]}}, got {table!s:.200}")
+    entries = [*chain.from_iterable(lists)]
+    video = [name for name, listed in table.items() for _ in listed]
 
     def where(i):
-        return f"{name}: video {[*table][video[i]]!r}, entry {i - np.searchsorted(video, video[i])}"
+        return f"{name}: video {video[i]!r}, entry {i - video.index(video[i])}"
 
-    for key in keys:
-        if key != optional or not entries or any(key in entry for entry in entries):
-            setattr(read, key, _column(entries, key, where))
-    if read.label is not None:
-        read.classes = [*dict.fromkeys(read.label)]
-        read.label = _index(read.label, read.classes)
-    if read.segment is not None:
-        read.segment = read.segment.astype(np.float64)
-        bad = np.flatnonzero(read.segment[:, 1] < read.segment[:, 0])
+    labelled = any(isinstance(entry, dict) and "label" in entry for entry in entries)
+    if not needs_label and entries and not labelled:
+        keys = [key for key in keys if key != "label"]
+    parts = {"label": "label (text)", "segment": "segment (2 finite numbers)"}
+    expected = ", ".join(parts.get(key, "score (a finite number)") for key in keys)
+    columns = _convert(entries, partial(_columns, keys=keys), expected, where)
+    if "segment" in columns:
+        bad = np.flatnonzero(columns["segment"][:, 1] < columns["segment"][:, 0])
         if len(bad):
             note = f"{len(bad)} of {len(entries)} segments end before they start, matching nothing"
-            notes.append(f"{note}; first: {where(bad[0])}, {read.segment[bad[0]].tolist()}")
-    return read
+            notes.append(f"{note}; first: {where(bad[0])}, {entries[bad[0]]['segment']}")
+    return {"video": video, **columns}
+
+
+def _columns(entries, keys):
+    """Return {key: column} of entries."""
+    columns = {}
+    for key in keys:
+        values = [entry[key] for entry in entries]
+        if key == "label":
+            # Some annotations hold class indices.
+            if not {*map(type, values)} <= {str, int, float}:
+                raise TypeError
+            columns[key] = [*map(str, values)]
+        else:
+            columns[key] = _numbers(values, shape=(2,) if key == "segment" else ())
+    return columns
+
+
+def _numbers(values, shape=(), least=-np.inf):
+    """Return finite numbers, also of strings, as THUMOS14 has them: (len(values), *shape)."""
+    array = np.array(values, np.float64) if len(values) else np.zeros((0, *shape))
+    if array.shape[1:] != shape or not np.isfinite(array).all() or (array < least).any():
+        raise ValueError
+    return array
+
+
+def _convert(values, convert, expected, where):
+    """Return convert(values); InputError tells the place, where(i), of the first it cannot take."""
+    try:
+        return convert(values)
+    except MALFORMED:
+        for i, value in enumerate(values):
+            with suppress(*MALFORMED):
+                convert([value])
+                continue
+            raise InputError(f"{where(i)}: expected {expected}, got {value!s:.100}") from None
+        raise
 
 
 def _index(names, known):
@@ -351,102 +377,70 @@ def _index(names, known):
     return np.array([index.get(name, -1) for name in names], dtype=int)
 
 
-def _column(entries, key, where):
-    """Return a key of all entries, strings or finite numbers; where(i): the place in messages."""
-    try:
-        values = [entry[key] for entry in entries]
-    except (KeyError, TypeError):
-        i = next(i for i, e in enumerate(entries) if not isinstance(e, dict) or key not in e)
-        raise InputError(f"{where(i)} has no {key}: {entries[i]!s:.80}") from None
-    if key != "label":
-        return _numbers(values, (2,) if key == "segment" else (), where, key)
-    if {*map(type, values)} == {str}:
-        return values
-    # Some annotations hold class indices.
-    for i, label in enumerate(values):
-        if not isinstance(label, (str, int, float)):
-            raise InputError(f"{where(i)}: label must be a string, got {label!s:.80}")
-    return [*map(str, values)]
-
-
-def _numbers(values, shape, where, what, first=0):
-    """Return finite numbers (len(values), *shape), integers if all are; first: see `where`."""
-    with suppress(ValueError, TypeError, OverflowError):
-        array = np.array(values) if values else np.zeros((0, *shape))
-        # THUMOS14's annotations hold strings.
-        array = array if array.dtype.kind in "if" else array.astype(np.float64)
-        if array.shape[1:] == shape and np.isfinite(array).all():
-            return array
-    if len(values) > 1:
-        # One by one, to name the first bad one.
-        return np.concatenate([_numbers([v], shape, where, what, i) for i, v in enumerate(values)])
-    expected = f"{shape[0]} finite numbers" if shape else "a finite number"
-    raise InputError(f"{where(first)}: {what} must be {expected}, got {str(values[0])[:80]!r}")
-
-
 def _read_ground_truth(data, name, subset, notes):
     database = data.get("database")
     if not isinstance(database, dict):
         raise InputError(f'{name}: no "database"; expected ActivityNet annotations')
-    for video, info in database.items():
-        if not isinstance(info, dict) or not isinstance(info.get("subset"), str):
-            raise InputError(f'{name}: video {video!r} has no "subset" (a string): {info!s:.80}')
+    expected = "subset (text), duration (a finite number or none)"
+    infos = [*database.values()]
+    durations = _convert(infos, _durations, expected, lambda i: f"{name}: video {[*database][i]!r}")
     chosen = {video: info for video, info in database.items() if info["subset"] == subset}
     if not chosen:
-        there = ", ".join(sorted({repr(info["subset"]) for info in database.values()})) or "none"
+        there = ", ".join(sorted({repr(info["subset"]) for info in infos})) or "none"
         raise InputError(f"{name}: no video of subset {subset!r}; there are {there}")
     annotations = {video: info.get("annotations") or [] for video, info in chosen.items()}
-    listed = _read_entries(annotations, name, ("label", "segment"), notes)
-    listed.score = np.ones(len(listed.video))
-    unclear = np.array([*map(is_ambiguous, listed.classes)], bool)
-    truth = listed.take(~unclear[listed.label])
-    truth.ambiguous = listed.take(unclear[listed.label])
-    truth.label = (np.cumsum(~unclear) - 1)[truth.label]
-    truth.classes = [label for label in truth.classes if not is_ambiguous(label)]
-    if not len(truth.video):
+    columns = _read_entries(annotations, name, ("label", "segment"), notes)
+    classes = [x for x in dict.fromkeys(columns["label"]) if not is_ambiguous(x)]
+    listed = _Segments(
+        video=_index(columns["video"], chosen),
+        label=_index(columns["label"], classes),
+        segment=columns["segment"],
+        score=np.ones(len(columns["video"])),
+        videos=[*chosen],
+        classes=classes,
+        durations=durations[[info["subset"] == subset for info in infos]],
+    )
+    if not classes:
         raise InputError(f"{name}: no annotation in the {len(chosen)} videos of subset {subset!r}")
-    durations = [info.get("duration") for info in database.values()]
-    # None and NaN: unknown.
-    durations = [0 if sec is None or sec != sec else sec for sec in durations]
-    places = [f"{name}: video {video!r}" for video in database]
-    durations = _numbers(durations, (), places.__getitem__, "duration")
-    truth.durations = np.where(durations > 0, durations, np.nan)[[v in chosen for v in database]]
-    return truth
+    return replace(listed.take(listed.label >= 0), ambiguous=listed.take(listed.label < 0))
+
+
+def _durations(infos):
+    """Return the seconds of videos, NaN where they are unknown: nothing above 0."""
+    seconds = np.array([info.get("duration") for info in infos], np.float64)
+    if np.isinf(seconds).any() or not all(isinstance(info["subset"], str) for info in infos):
+        raise ValueError
+    return np.where(seconds > 0, seconds, np.nan)
 
 
 def _read_predictions(data, name, truth, subset, ar, notes):
-    """Return the segments of a result, for AR@AN without labels, if no entry has one, and who made
-    its classes."""
+    """Return the segments of a result, for AR@AN without labels, if no entry has one."""
     if "results" not in data:
         raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
-    keys = ("segment", "score", "label")
-    read = _read_entries(data["results"], name, keys, notes, optional="label" if ar else None)
-    place = _index(read.videos, truth.videos)
-    unknown = [read.videos[i] for i in np.flatnonzero(place < 0)]
-    video = place[read.video]
+    keys = ["segment", "score", "label"]
+    columns = _read_entries(data["results"], name, keys, notes, needs_label=not ar)
+    video = _places(columns["video"], truth.videos, "video", subset, notes)
+    label = None
+    if "label" in columns:
+        label = _places(columns["label"], truth.classes, "label", subset, notes)
+    segment = columns["segment"]
+    end = segment[video >= 0, 1]
+    duration = truth.durations[video[video >= 0]]
+    late = end > 1.5 * duration
+    if len(end) and (late.mean() > 0.5 or ((end <= 1) & (duration > 2)).all()):
+        notes.append("predictions end long after their video, or all within 1 s: not in seconds?")
+    return replace(truth, video=video, label=label, segment=segment, score=columns["score"])
+
+
+def _places(names, known, noun, subset, notes):
+    """Return the place of each prediction's name among the known ones; others, -1, are noted."""
+    place = _index(names, known)
+    unknown = [name for name, i in zip(names, place, strict=True) if i < 0]
     if unknown:
-        note = f"{(video < 0).sum()} predictions are for {_count(unknown, 'video')} that subset"
-        notes.append(f"{note} {subset!r} does not have: false positives")
-    lasts = truth.durations[video[video >= 0]], read.segment[video >= 0, 1]
-    with np.errstate(invalid="ignore"):
-        late = np.nan_to_num(lasts[1] / lasts[0]) > 1.5
-    if 2 * late.sum() > len(late):
-        notes.append(f"{late.sum()} predictions end long after their video: are they in seconds?")
-    elif len(late) and lasts[1].max() <= 1 < np.nanmin(lasts[0], initial=np.inf) / 2:
-        notes.append("all predictions end within 1 s: are they fractions instead of seconds?")
-    label, source = None, "none (class-agnostic proposals)"
-    if read.label is not None:
-        external = data.get("external_data")
-        source = external.get("class_source", "unknown") if type(external) is dict else "unknown"
-        place = _index(read.classes, truth.classes)
-        unknown = [read.classes[i] for i in np.flatnonzero(place < 0)]
-        label = place[read.label]
-        if unknown:
-            note = f"{(label < 0).sum()} of {len(label)} predictions have"
-            note = f"{note} {_count(unknown, 'label')} that subset {subset!r} does not have"
-            notes.append(f"{note}: they count for no class")
-    columns = {"video": video, "label": label, "segment": read.segment, "score": read.score}
-    return replace(truth, **columns), str(source)
+        note = f"{len(unknown)} of {len(names)} predictions have"
+        note += f" {_count([*dict.fromkeys(unknown)], noun)} that subset {subset!r} does not have"
+        notes.append(f"{note}: none of them is right")
+    return place
 
 
 def _count(names, noun):
@@ -482,11 +476,9 @@ def load_json(path, what="content"):
 
 def _load(source, what):
     """Return a JSON object, from a path or loaded already, and its name for messages."""
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else what
-    source = source if name is what else load_json(name, what)
-    if not isinstance(source, dict):
-        raise InputError(f"{name}: expected {what} as a JSON object, got {type(source).__name__}")
-    return source, name
+    if isinstance(source, Mapping):
+        return source, what
+    return load_json(source, what), os.fspath(source)
 
 
 def write_atomic(path, write, host=""):
@@ -508,6 +500,15 @@ def write_atomic(path, write, host=""):
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def refuse_to_replace(path, mark):
+    """Raise InputError if there is such a file, and `mark` is not in its first 1000 bytes."""
+    if path and os.path.lexists(path):
+        with suppress(OSError), open(path, "rb") as file:
+            if mark.encode() in file.read(1000):
+                return
+        raise InputError(f"{path} already exists, of another program: name another file")
 
 
 def write_json(content, path, indent=None, allow_nan=False):
@@ -535,7 +536,7 @@ def _match_predictions(truth, predicted, thresholds, interpolate):
     match = np.empty((len(thresholds), len(order)), np.int32)
     for row, threshold in zip(match, thresholds, strict=True):
         near = ~(overlap < threshold)
-        row[:] = _match(p[near], t[near], len(order), len(truth.video))
+        row[:] = _match(p[near], t[near], len(order))
     p, _, overlap = _candidates(truth.ambiguous, ranked, 0, by_class=False)
     p = p[overlap > 0]
     match[:, p] = np.where(match[:, p] == FALSE, IGNORED, match[:, p])
@@ -550,53 +551,37 @@ def _candidates(truth, predicted, lowest, *, by_class):
     lengths); for each prediction the ground truths in the official order, tIoU.argsort()[::-1].
     """
     groups = []
-    for segments in (truth, predicted):
-        group = segments.video * len(truth.classes) + segments.label if by_class else segments.video
-        # 0 for what can match nothing.
-        possible = (segments.video >= 0) & (segments.segment[:, 1] >= segments.segment[:, 0])
-        groups.append(np.where(possible, group + 1, 0))
-    members = np.argsort(groups[0], kind="stable")
-    size = np.bincount(groups[0], minlength=len(truth.videos) * len(truth.classes) + 1)
-    first = (np.cumsum(size) - size)[groups[1]]
-    size[0] = 0
-    faced = size[groups[1]]
+    for x in (truth, predicted):
+        group = x.video * len(truth.classes) + x.label if by_class else x.video
+        groups.append(np.where((x.video >= 0) & (x.segment[:, 1] >= x.segment[:, 0]), group, -1))
+    shared = np.intersect1d(*groups)
+    shared = shared[shared >= 0]
+    rows = []
+    for group in groups:
+        order = np.argsort(group, kind="stable")
+        first = np.searchsorted(group[order], shared)
+        last = np.searchsorted(group[order], shared, side="right")
+        rows.append([order[a:b] for a, b in zip(first, last, strict=True)])
     found = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
-    # All predictions that face g ground truths at once, in blocks of a bounded size.
-    for g in np.unique(faced[faced > 0]):
-        facing = np.flatnonzero(faced == g)
-        for p in np.array_split(facing, len(facing) * g // 2_000_000 + 1):
-            t = members[first[p, None] + np.arange(g)]  # (len(p), g)
-            overlap = tiou(predicted.segment[p, None], truth.segment[t], undefined=np.nan)[:, 0]
-            order = overlap.argsort(1)[:, ::-1]
-            overlap = np.take_along_axis(overlap, order, 1)
-            t = np.take_along_axis(t, order, 1)
-            row, column = np.nonzero(~(overlap < lowest))
-            found.append((p[row], t[row, column], overlap[row, column]))
+    for t, p in zip(*rows, strict=True):
+        overlap = tiou(predicted.segment[p], truth.segment[t], undefined=np.nan)
+        order = overlap.argsort(1)[:, ::-1]
+        overlap = np.take_along_axis(overlap, order, 1)
+        row, column = np.nonzero(~(overlap < lowest))
+        found.append((p[row], t[order[row, column]], overlap[row, column]))
     p, t, overlap = (np.concatenate(part) for part in zip(*found, strict=True))
     order = np.argsort(p, kind="stable")
     return p[order], t[order], overlap[order]
 
 
-def _match(p, t, P, G):
-    """Match greedily: predictions in order, each takes the first free ground truth of its pairs.
-
-    p, t (m,): pairs of `_candidates`. Returns (P,), else FALSE: the sequential loop's result, in a
-    few rounds. A pair is sure if it is the first of its prediction and of its ground truth, as no
-    better-ranked prediction wants that; it takes both out of the next round.
-    """
-    match = np.full(P, FALSE)
-    free = np.ones(G, bool)
-    first = np.empty(G, int)
-    while len(p):
-        choice = np.flatnonzero(np.diff(p, prepend=-1))
-        # Backwards: of a ground truth's pairs the first is written last, and stays.
-        first[t[::-1]] = np.arange(len(t))[::-1]
-        sure = choice[first[t[choice]] == choice]
-        match[p[sure]] = t[sure]
-        free[t[sure]] = False
-        left = free[t] & (match[p] < 0)
-        p = p[left]
-        t = t[left]
+def _match(p, t, P):
+    """Give each of P predictions, in order, the first free ground truth of its pairs, or FALSE."""
+    match = [FALSE] * P
+    taken = set()
+    for prediction, one in zip(p.tolist(), t.tolist(), strict=True):
+        if match[prediction] == FALSE and one not in taken:
+            match[prediction] = one
+            taken.add(one)
     return match
 
 
@@ -664,7 +649,7 @@ def _errors(truth, ranked, match, thresholds):
 
 
 def _by_length(truth, ranked, match, thresholds, interpolate):
-    """Return mAP by the ground truth's length in fractions of its video.
+    """Return mAP by the ground truth's length in fractions of its video, of those with a duration.
 
     The mean is over the classes that occur. Like COCO's object sizes: ground truths of other
     lengths are ignored with the predictions that match them, and an unmatched prediction is a false
@@ -782,15 +767,15 @@ def evaluate(
     as THUMOS14 has it. Raises InputError for unusable input.
     Returns {"mAP": {"0.5": ...}, "average_mAP", "common": both over the videos with predictions,
     "AP": by class, "interpolated", "evaluated_videos", "class_source", "errors", "by_length",
-    "recall", "AR", "warnings" (issued, too), ...}; scores in [0, 1].
+    "recall", "AR", "warnings" (in the report, too), ...}; scores in [0, 1].
     """
     notes = []
     ar = (1, 5, 10, 50, 100) if ar is True else ar
     thresholds = _check_options(thresholds, {"AN": ar or (), "k of the recall": recall})
-    data, name = _load(gt, "ground truth")
-    truth = _read_ground_truth(data, name, subset, notes)
+    truth = _read_ground_truth(*_load(gt, "ground truth"), subset, notes)
     data, name = _load(pred, "results")
-    predicted, source = _read_predictions(data, name, truth, subset, ar, notes)
+    predicted = _read_predictions(data, name, truth, subset, ar, notes)
+    source = "none (class-agnostic proposals)" if predicted.label is None else _class_source(data)
     metrics = {
         "subset": subset,
         "thresholds": thresholds.tolist(),
@@ -800,18 +785,22 @@ def evaluate(
         "ambiguous": len(truth.ambiguous.video),
         "classes": len(truth.classes),
         "predictions": len(predicted.video),
-        "unknown_videos": len(data["results"].keys() - set(truth.videos)),
-        "class_source": source,
+        "unknown_videos": len(data["results"].keys() - {*truth.videos}),
+        "class_source": str(source),
         "interpolated": bool(interpolate),
     }
     if predicted.label is not None:
-        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall, notes)
+        metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall)
     if ar:
         metrics["AR"] = _average_recall(truth, predicted, ar, notes)
     metrics["warnings"] = notes
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
     return metrics
+
+
+def _class_source(result):
+    """Return who made the classes of a result, as its external data say."""
+    external = result.get("external_data")
+    return external.get("class_source", "unknown") if isinstance(external, dict) else "unknown"
 
 
 def _check_options(thresholds, counts):
@@ -826,7 +815,7 @@ def _check_options(thresholds, counts):
     return thresholds
 
 
-def _score_detections(truth, predicted, thresholds, counts, analysis, recall, notes):
+def _score_detections(truth, predicted, thresholds, counts, analysis, recall):
     """Return mAP over all videos and over those with predictions, the counts, the analyses."""
     interpolate = counts["interpolated"]
     ranked, match, ap = _match_predictions(truth, predicted, thresholds, interpolate)
@@ -843,59 +832,55 @@ def _score_detections(truth, predicted, thresholds, counts, analysis, recall, no
         metrics["recall"] = _recall_of_first(truth, ranked, thresholds, recall)
     if analysis:
         metrics["errors"] = _errors(truth, ranked, match, thresholds)
-        untimed = np.isnan(truth.durations).sum()
-        if untimed:
-            note = f"{untimed} of {len(truth.videos)} videos have no (positive) duration"
-            notes.append(f"{note}: left out of mAP by length")
-        if untimed < len(truth.videos):
-            metrics["by_length"] = _by_length(truth, ranked, match, thresholds, interpolate)
+        metrics["by_length"] = _by_length(truth, ranked, match, thresholds, interpolate)
     return metrics
 
 
 def report(metrics: Mapping) -> str:
     """Return what `evaluate` returned as text."""
     m = metrics
-    text = [
-        f"evaluated {m['evaluated_videos']} of {m['ground_truth_videos']} ground-truth videos of "
-        f"subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments, "
-        f"{m['classes']} classes\nclass labels from: {m['class_source']}"
-    ]
-    if m["ambiguous"]:
-        text[0] += f"\nambiguous, hence no segment of these, and no error there: {m['ambiguous']}"
+    tables = []
     if "mAP" in m:
-        sides = {"all videos": m, f"the {m['evaluated_videos']} with predictions": m["common"]}
-        values = [[*side["mAP"].values(), side["average_mAP"]] for side in sides.values()]
-        rows = [[name, *map(percent, row)] for name, row in zip(sides, values, strict=True)]
         kind = "" if m["interpolated"] else ", AP not interpolated,"
-        text.append(markdown_table([f"mAP (%){kind} at tIoU", *m["mAP"], "average"], rows))
+        rows = {"all videos": m, f"the {m['evaluated_videos']} with predictions": m["common"]}
+        rows = {name: [*row["mAP"].values(), row["average_mAP"]] for name, row in rows.items()}
+        tables.append(([f"mAP (%){kind} at tIoU", *m["mAP"], "average"], rows))
     if "recall" in m:
-        rows = [[name, *map(percent, row.values())] for name, row in m["recall"].items()]
-        text.append(markdown_table(["recall (%) at tIoU", *m["mAP"]], rows))
+        rows = {name: row.values() for name, row in m["recall"].items()}
+        tables.append((["recall (%) at tIoU", *m["mAP"]], rows))
     if "AR" in m:
         keys = [key for key in m["AR"] if key == "AUC" or key.startswith("AR@")]
-        row = ["proposals", *(percent(m["AR"][key]) for key in keys)]
-        text.append(markdown_table(["AR@AN (%), tIoU 0.5:0.95:0.05", *keys], [row]))
+        rows = {"proposals": [m["AR"][key] for key in keys]}
+        tables.append((["AR@AN (%), tIoU 0.5:0.95:0.05", *keys], rows))
     if "errors" in m:
-        kinds = [kind.replace("_", " ") for kind in m["errors"]["all"]]
-        columns = [[f"predictions at tIoU {m['errors']['tiou']:g}", *kinds]]
-        titles = {"all": "all", "top_10G": "first 10 x ground truths of each class"}
-        for part, title in titles.items():
-            counts = m["errors"][part].values()
-            shares = [f"{n} ({100 * n / max(sum(counts), 1):.1f} %)" for n in counts]
-            columns.append([f"{title} ({sum(counts)})", *shares])
-        header, *rows = zip(*columns, strict=True)
-        text.append(markdown_table(header, rows))
+        parts = [m["errors"]["all"], m["errors"]["top_10G"]]
+        totals = [max(sum(part.values()), 1) for part in parts]
+        header = [f"predictions (%) at tIoU {m['errors']['tiou']:g}"]
+        header += [f"all {totals[0]}", f"first 10 x ground truths of each class: {totals[1]}"]
+        pairs = list(zip(parts, totals, strict=True))
+        rows = {
+            kind.replace("_", " "): [part[kind] / total for part, total in pairs]
+            for kind in parts[0]
+        }
+        tables.append((header, rows))
     if "by_length" in m:
-        keys = [*m["mAP"]]
-        ends = dict.fromkeys((keys[0], keys[-1]))
-        header = ["mAP (%) by length / video", "segments", "classes", *(f"@{key}" for key in ends)]
-        rows = []
+        rows = {}
         for row in m["by_length"]:
-            values = [row.get("mAP", {}).get(key) for key in ends] + [row.get("average_mAP")]
-            length = f"{row['from']:.1f} to {row['to']:.1f}"
-            rows.append([length, row["segments"], row["classes"], *map(percent, values)])
-        text.append(markdown_table([*header, "average"], rows))
-    return "\n\n".join(text)
+            values = [*row["mAP"].values(), row["average_mAP"]] if row["segments"] else []
+            name = f"{row['from']:.1f} to {row['to']:.1f}: {row['segments']} segments"
+            rows[name] = values or [None] * (len(m["mAP"]) + 1)
+        tables.append((["mAP (%) by length / video", *m["mAP"], "average"], rows))
+    text = (
+        f"evaluated {m['evaluated_videos']} of {m['ground_truth_videos']} ground-truth videos of "
+    )
+    text += f"subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments, "
+    text += f"{m['classes']} classes\nclass labels from: {m['class_source']}"
+    if m["ambiguous"]:
+        text += f"\nambiguous, hence no segment of these, and no error there: {m['ambiguous']}"
+    for header, rows in tables:
+        cells = [[name, *map(percent, row)] for name, row in rows.items()]
+        text += f"\n\n{markdown_table(header, cells)}"
+    return "\n".join([text, *(f"\nwarning: {note}" for note in m["warnings"])])
 
 
 def percent(x: float | None) -> str:
@@ -926,14 +911,6 @@ def _thresholds(text):
     return np.linspace(low, high, count + 1)
 
 
-def _is_own(path):
-    """Return whether this program wrote a file, or none exists; a run's metrics have a seed."""
-    with suppress(InputError):
-        found = _load(path, "metrics")[0].keys()
-        return {"thresholds", "warnings"} <= found and "seed" not in found
-    return not os.path.lexists(path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score a result.")
@@ -949,18 +926,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", metavar="FILE", help="write the numbers at full precision")
     args = parser.parse_args(argv)
     try:
-        if args.json and not _is_own(args.json):
-            raise InputError(f"{args.json} already exists and is no output of this program")
-        with warnings.catch_warnings():
-            # Printed below.
-            warnings.simplefilter("ignore", UserWarning)
-            options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
-            options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
-            metrics = evaluate(args.gt, args.pred, **options)
-        for note in metrics["warnings"]:
-            print(f"warning: {note}", file=sys.stderr)
+        refuse_to_replace(args.json, MARK)
+        options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
+        options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
+        metrics = evaluate(args.gt, args.pred, **options)
         if args.json:
-            write_json(metrics, args.json, indent=1)
+            write_json({"made_by": MARK, **metrics}, args.json, indent=1)
     except InputError as error:
         sys.exit(f"{parser.prog}: {error}")
     # Last: a reader that is gone, as `| head` may be, ends the program here.

@@ -122,10 +122,8 @@ class Campaign:
         self.gpus = visible_gpus(cfg)
         self.device = "cuda" if self.gpus else "cpu"
         self.sizes = {"quarter": max(cfg.video.snippets // 4, 1), "twice": 2 * cfg.lofi.epochs}
-        knobs = {}
-        for word in args.knob:
-            name, _, value = word.partition("=")
-            knobs[name] = yaml.safe_load(value)
+        words = [word.partition("=") for word in args.knob]
+        knobs = {name: yaml.safe_load(value) for name, _, value in words}
         defaults = Toy(**toy["knobs"]).settings()
         defaults = {name: defaults[name] for name in defaults.keys() - {"seed", "version"}}
         self.toy = Toy(**config.merge(defaults, knobs, "--knob "))

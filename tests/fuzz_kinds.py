@@ -89,7 +89,6 @@ def make_base():
     durations = {name: video.pop("duration") for name, video in database.items()}
     contents = {"bare": annotations, "durations": durations, "cuhk": cuhk}
     contents |= {"scores": dict.fromkeys(val, scores)}
-    contents["columns"] = {**cuhk, "class": {"turn": 1, "jump": 0}}
     contents["new"] = contents["tiny"] = config.load_config(TOY, [*SETTINGS, *QUICK])
     contents["flat"] = config.flatten(contents["new"])
     for name, content in contents.items():
@@ -253,9 +252,7 @@ def json_kinds():
     """Return {name: Kind} of annotations, results, class scores and durations."""
     bare = ["--annotations", "bare.json", "--features", "feats"]
     untimed = [*QUICK, "data.annotations=bare.json"]
-    scores = {
-        name: [*QUICK, f"detect.class_scores={name}.json"] for name in ("scores", "cuhk", "columns")
-    }
+    scores = {name: [*QUICK, f"detect.class_scores={name}.json"] for name in ("scores", "cuhk")}
     kinds = {
         name: kind_of([f"{name}.json"], m.mutate_json, references.scores, lofi_tal=(1, start, *run))
         for name, run in scores.items()

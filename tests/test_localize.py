@@ -321,7 +321,7 @@ def test_foreign_files_are_never_overwritten(runs, toys, tmp_path, capfd, monkey
     capfd.readouterr()
     assert start("--run", runs["plain"], "--out", tmp_path, video) == 1
     printed = capfd.readouterr()
-    assert "not a picture of this program" in printed.err
+    assert "already exists, of another program" in printed.err
     assert printed.err.count("\n") == 1
     assert "pictures are missing" in printed.out
     assert (tmp_path / "toy_00004.png").read_text() == "a picture of my cat"

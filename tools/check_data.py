@@ -24,7 +24,7 @@ import data
 import media
 from checkpoint import RunFolder, save_json, write_atomic
 from data import first_names
-from evaluate import is_ambiguous, markdown_table
+from evaluate import is_ambiguous, markdown_table, refuse_to_replace
 from media import InputError
 from pretrain import gaps
 from tools.jobs import run_jobs
@@ -264,17 +264,13 @@ def missing_sources(sources, chosen, known):
 
 
 def compare_subsets(checks, sources):
-    """Yield a Problem for each label that a subset lacks, for each video that others have, spelt
-    otherwise, and for features of unusual width."""
+    """Yield a Problem for each video that others have, spelt otherwise, and for features of
+    unusual width."""
     spelt = {}
     for subset, name in [(check.name, name) for check in checks for name in check.names]:
         other = spelt.setdefault(min(media.spellings(name)), (subset, name))
         if other[0] != subset:
             yield Problem(subset, name, "video in two subsets", f"{other[1]} in {other[0]}")
-    labels = set().union(*(subset.classes for subset in checks))
-    for subset in [subset for subset in checks if subset.classes]:
-        for label in sorted(labels.difference(subset.classes)):
-            yield Problem(subset.name, "-", "label lacking", label)
     for source in sources.features:
         rows = [(subset.name, *row) for subset in checks for row in subset.channels[source]]
         usual = Counter(channels for *_, channels in rows).most_common(1)
@@ -354,10 +350,7 @@ def recommend(videos):
 
 def write_problems(problems, path):
     """Write a line for each problem; raise InputError if `path` holds anything but such a list."""
-    if os.path.lexists(path):
-        with open(path, errors="replace") as file:
-            if not file.readline().startswith(MARK):
-                raise InputError(f"{path} is not a list of problems: name another --problems")
+    refuse_to_replace(path, MARK)
     lines = [f"{MARK}: {len(problems)}"]
     lines += ["\t".join(" ".join(text.split()) for text in problem) for problem in problems]
     write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode(errors="replace")))

@@ -16,7 +16,7 @@ import numpy as np
 
 from checkpoint import RunFolder, load_json, save_json, write_atomic
 from config import one_line_errors
-from evaluate import markdown_table, percent
+from evaluate import markdown_table, percent, refuse_to_replace
 from media import InputError
 
 # The first cell of the table, by which a later start knows its own file.
@@ -140,15 +140,6 @@ def _seconds(x):
     return "-" if x is None else f"{x:.1f}"
 
 
-def _is_own(path):
-    """Return whether a file begins as what this program writes, rows or a table."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(20).startswith((f"| {TITLE} ", '{\n "rows": ['))
-    except (OSError, ValueError):
-        return False
-
-
 def main(argv=None):
     """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -158,9 +149,8 @@ def main(argv=None):
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     args = parser.parse_args(argv)
     with one_line_errors("tools.compare_runs"):
-        for path in (args.json, args.markdown):
-            if path and os.path.lexists(path) and not _is_own(path):
-                raise InputError(f"{path} already exists and is no output of this program")
+        refuse_to_replace(args.json, '{\n "rows": [')
+        refuse_to_replace(args.markdown, f"| {TITLE} ")
         rows = compare(args.runs)
         text = table(rows)
         if args.json:

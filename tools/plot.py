@@ -8,21 +8,21 @@
                                                               features before and after SoLa
 
 Pictures go to RUN/pictures unless --out is given. An existing file is replaced only if it is a
-picture of this program. The same files give the same bytes, white ground and dark text.
+picture of this program. The same files give the same bytes, white ground and dark text. Boxes
+stand for letters of no installed font: try apt-get install fonts-noto-core fonts-noto-cjk.
 """
 
 import argparse
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
 import signal
-import sys
 import textwrap
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import numpy as np
 from checkpoint import DAMAGE, RunFolder, write_atomic
 from config import STAGES, one_line_errors
 from data import first_names, load_annotations
-from evaluate import load_results
+from evaluate import load_results, refuse_to_replace
 from media import InputError, find_media, open_media, spellings
 from pretrain import METHODS
 from tools.compare_runs import compare
@@ -51,6 +51,11 @@ MEASURES |= {"gradient_norm": "gradient norm", "gate": "gate tanh(alpha)"}
 MEASURES["spread"] = "spread of features"
 NOT_DRAWN = {"epoch", "fidelity", "seconds", "videos_per_sec", "data_wait", "peak_memory_gb"}
 
+# A letter is drawn in the first that has it: those of Linux, of macOS and of Windows.
+FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei"]
+FONTS += ["PingFang SC", "Hiragino Sans", "Arial Unicode MS", "Microsoft YaHei", "Malgun Gothic"]
+FONTS += ["Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Nirmala UI"]
+
 DPI = 150
 # A timeline in inches.
 WIDTH, MARGIN, HEAD, FOOT = 10.0, 0.2, 0.62, 0.52
@@ -69,10 +74,11 @@ def _style():
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), DARK)
     style |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6)
     style |= {"axes.edgecolor": MID, "font.size": 8, "text.parse_math": False}
+    style["font.family"] = FONTS
     style |= {"axes.axisbelow": True, "axes.titlelocation": "left", "axes.titlesize": 9}
     style |= {"grid.color": PALE, "grid.linewidth": 0.6, "legend.frameon": False}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        # See _find_fonts, which says so in one line; and not every font is there in bold.
+        # Nobody has all of FONTS, nor each in bold.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         yield
@@ -93,9 +99,7 @@ def save(figure, path):
     """Write a PNG. Raises InputError if anything but a picture of ours has this name."""
     if not path.endswith(".png"):
         raise InputError(f"{path}: expected a name that ends in .png")
-    ours = os.path.isfile(path) and SOFTWARE.encode() in Path(path).read_bytes()[:512]
-    if os.path.exists(path) and not ours:
-        raise InputError(f"{path} exists and is not a picture of this program; remove it first")
+    refuse_to_replace(path, SOFTWARE)
     write_atomic(path, lambda file: figure.savefig(file, metadata={"Software": SOFTWARE}))
 
 
@@ -108,40 +112,9 @@ def _text_width(text, **font):
     return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0] / DPI
 
 
-@functools.cache
-def _fonts():
-    """Return {family: its letters} of matplotlib's default font, then of all that are installed."""
-    from matplotlib import font_manager
-
-    found = [path for path in font_manager.findSystemFonts() if "LastResort" not in path]
-    found.sort(key=lambda path: ("Regular" not in path, "Serif" in path, path))  # plain ones first
-    fonts = {}
-    for path in [font_manager.findfont("DejaVu Sans"), *found]:
-        with contextlib.suppress(OSError, RuntimeError):  # no font, or one of bitmaps
-            font_manager.fontManager.addfont(path)  # its own list may be older
-            font = font_manager.get_font(path)
-            fonts.setdefault(font.family_name, font.get_charmap().keys())
-    return fonts
-
-
-_say_once = functools.cache(lambda line: print(line, file=sys.stderr))
-
-
 def _text(value):
-    """Return a value as text of at most 1000 letters, without such as no font can have. What is
-    drawn after it takes its letters from whatever installed font has them."""
-    from matplotlib import rcParams
-
-    text = str(value).encode(errors="replace").decode()[:1000]
-    lacking = set() if text.isascii() else set(map(ord, filter(str.isprintable, text)))
-    for family, letters in _fonts().items() if lacking else ():
-        if lacking & letters:
-            rcParams["font.family"] = list(dict.fromkeys([*rcParams["font.family"], family]))
-            lacking -= letters
-    if lacking:
-        fonts = "install a font, e.g. apt-get install fonts-noto-core fonts-noto-cjk"
-        _say_once(f"tools.plot: boxes stand for letters that no font has; {fonts}")
-    return text
+    """Return a value as text of at most 1000 letters, without such as no font can have."""
+    return str(value).encode(errors="replace").decode()[:1000]
 
 
 def _fit(text, width, **font):
@@ -155,13 +128,8 @@ def _fit(text, width, **font):
 
 
 def format_time(seconds, longest):
-    """Write 8.5 as "8.5", from two minutes of `longest` on as "0:08", from an hour as "0:00:08"."""
-    if longest < 120:
-        return f"{seconds:g}"
-    minutes, rest = divmod(round(seconds), 60)
-    if longest < 3600:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    """Write 8.5 as "8.5", or as "0:00:08" if `longest` is two minutes or more."""
+    return f"{seconds:g}" if longest < 120 else str(timedelta(seconds=round(seconds)))
 
 
 def tick_times(duration, most=10):
@@ -269,7 +237,7 @@ def _draw_title(figure, text, top, colour, **font):
 
 
 def _draw_time_axis(axes, height, duration):
-    unit = "s" if duration < 120 else "min:s" if duration < 3600 else "h:min:s"
+    unit = "s" if duration < 120 else "h:min:s"
     axes.set(gid="timeline", xlim=(0, 1), ylim=(height, 0), yticks=[], xlabel=f"time ({unit})")
     ticks = tick_times(duration)
     labels = [format_time(round(time, 6), duration) for time in ticks]
@@ -359,26 +327,21 @@ def draw_map(rows):
     """Return mAP against tIoU of several runs: rows of tools.compare_runs.compare."""
     figure = _figure(8.0, 3.8 + 0.2 * len(rows), layout="constrained")
     axes = figure.add_subplot()
-    notes = []
-    for row in rows:
-        seeds = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
-        videos = f"{row['evaluated_videos']} of {row['ground_truth_videos']} videos"
-        notes.append(f"{videos}{seeds}, classes from: {row['class_source']}")
-    all_equal = len(set(notes)) == 1
     for i, row in enumerate(rows):
         points = sorted((float(t), 100 * value) for t, value in row["mAP"].items())
         deviation = (row["std"] or {}).get("average")
         spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
-        label = f"{_fit(row['name'], 2.0)}: {100 * row['average']:.2f}{spread} %"
-        label = _fit(label + ("" if all_equal else f", {notes[i]}"), 7.4)
+        seeds = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
+        label = f"{_fit(row['name'], 2.0)}: {100 * row['average']:.2f}{spread} %{seeds}, "
+        label += f"{row['evaluated_videos']} of {row['ground_truth_videos']} videos, "
+        label = _fit(f"{label}classes from: {row['class_source']}", 7.4)
         line = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.6, "markersize": 4.5}
         axes.plot(*zip(*points, strict=True), label=label, marker="osD^vPX*"[i % 8], **line)
     axes.set(xlabel="tIoU threshold", ylabel="mAP (%)", ylim=(0, max(1.0, axes.get_ylim()[1])))
     axes.set_xticks(sorted({float(t) for row in rows for t in row["mAP"]}))
     axes.grid()
     axes.spines[["top", "right"]].set_visible(False)
-    title = f"average mAP, {notes[0]}" if all_equal else "average mAP"
-    figure.legend(loc="outside lower left", title=_fit(title, 7.7), alignment="left")
+    figure.legend(loc="outside lower left", title="average mAP", alignment="left")
     return figure
 
 
@@ -427,8 +390,7 @@ def _draw_curves(axes, records, keys, is_losses):
     # Terms of very different sizes.
     if is_losses and finite and 0 < 20 * min(finite) < max(finite):
         axes.set_yscale("log")
-        if max(finite) < 1000 * min(finite):
-            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
@@ -482,10 +444,7 @@ def draw_similarity(names, before_sola, after_sola, truth=None):
     """
     V = len(names)
     maps = {"raw": np.asarray(before_sola, float), "SoLa": np.asarray(after_sola, float)}
-    shapes = [x.shape for x in maps.values()]
-    L = shapes[0][-1]
-    if shapes != [(V, L, L)] * 2:
-        raise InputError(f"similarity maps of shapes {shapes}, expected (V, L, L) twice, V = {V}")
+    L = maps["raw"].shape[-1]
     per_row = 2 if V > 2 else 1
     num_rows = math.ceil(V / per_row)
     figure = _figure(4.9 * per_row + 0.6, 2.75 * num_rows, layout="constrained")
@@ -566,8 +525,9 @@ def similarity(run, videos=None, gt=None):
     path = f"{run}/sola/similarity.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = file["names"].tolist(), file["raw"].astype(float), file["sola"].astype(float)
-        maps = {str(name): pair for name, *pair in zip(*columns, strict=True)}
+            names, L = file["names"].tolist(), file["raw"].shape[-1]
+            columns = [file[key].astype(float).reshape(-1, L, L) for key in ("raw", "sola")]
+        maps = {str(name): pair for name, *pair in zip(names, *columns, strict=True)}
     except Exception as error:  # a damaged file makes numpy raise almost anything
         write = f"write it with python -m tools.probe_sola {run}"
         raise InputError(f"{path} cannot be read ({error!s:.200}): {write}") from None
