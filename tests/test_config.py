@@ -551,13 +551,25 @@ def test_the_config_says_how_a_table_is_split(tmp_path):
     assert 10 < counts[0] < 30 < 40 < counts[1] < 60
 
 
-def test_a_closed_terminal_is_none_to_fail_at(tmp_path):
-    code = "import config\nwith config.one_line_errors('x'):\n"
-    code += f"    print(1)\n    raise config.InputError(open({str(tmp_path / 'a')!r}, 'w').name)"
-    environment = {**os.environ, "PYTHONPATH": config.HERE}
-    command = f'{sys.executable} -c "$1" >&- 2>&-'
-    done = subprocess.run(["sh", "-c", command, "sh", code], env=environment)
-    assert done.returncode == 1 and (tmp_path / "a").read_text() == ""
+# A program whose standard output and error are closed, and that opens a file.
+CLOSED = """
+import config
+with config.one_line_errors('x'):
+    print(1)
+    raise config.InputError(open('a', 'w').name)
+"""
+CLOSING = f"""
+import os, subprocess, sys, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    command = [*"sh -c".split(), sys.executable + ' -c "$1" >&- 2>&-', "sh", {CLOSED!r}]
+    status = subprocess.run(command, cwd=folder).returncode
+    print(status, os.path.getsize(folder + "/a"))
+"""
+
+
+@pytest.mark.beside("-c", CLOSING)
+def test_a_closed_terminal_is_none_to_fail_at(beside):
+    assert beside.communicate() == ("1 0\n", "")
 
 
 def test_no_git_is_no_error(monkeypatch):
