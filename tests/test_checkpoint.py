@@ -558,13 +558,15 @@ def test_the_second_signal_ends_a_process_that_waits_outside_python():
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
+# Without torchcodec, whose import takes seconds.
+SMALL = "import sys, types, torch; sys.modules['media'] = types.SimpleNamespace(InputError=1);"
+SMALL += "import checkpoint; print(checkpoint.peak_memory_gb(torch.device('cpu')))"
+LARGE = "held = b'x' * (1 << 30)\nimport subprocess, sys\n"
+LARGE += f"subprocess.run([sys.executable, '-c', {SMALL!r}], check=True)"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has VmHWM")
-def test_peak_memory_is_not_that_of_the_program_that_started_the_process():
-    # Without torchcodec, whose import takes seconds.
-    child = "import sys, types, torch; sys.modules['media'] = types.SimpleNamespace(InputError=1);"
-    child += "import checkpoint; print(checkpoint.peak_memory_gb(torch.device('cpu')))"
-    large = "held = b'x' * (1 << 30)\nimport subprocess, sys\n"
-    large += f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-    command = [sys.executable, "-c", large]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert 0.05 < float(done.stdout) < 0.85
+@pytest.mark.beside("-c", LARGE)
+def test_peak_memory_is_not_that_of_the_program_that_started_the_process(beside):
+    assert beside.returncode == 0, beside.read(2)
+    assert 0.05 < float(beside.read(1)) < 0.85

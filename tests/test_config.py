@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from processes import Process
 
 import bmn
 import checkpoint
@@ -114,8 +115,8 @@ def test_null_a_path_or_paths_are_possible_where_the_default_is_null():
 
 def test_letters_that_a_terminal_cannot_show_are_no_reason_to_fail():
     code = "import config\nwith config.one_line_errors('x'):\n    print(chr(0xd800))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "?\n", "")
+    process = Process("-c", code)
+    assert process.communicate() == ("?\n", "") and process.returncode == 0
 
 
 def test_an_error_is_shortened():
@@ -583,13 +584,25 @@ def test_the_config_says_how_a_table_is_split(tmp_path):
     assert 10 < counts[0] < 30 < 40 < counts[1] < 60
 
 
-def test_a_closed_terminal_is_none_to_fail_at(tmp_path):
-    code = "import config\nwith config.one_line_errors('x'):\n"
-    code += f"    print(1)\n    raise config.InputError(open({str(tmp_path / 'a')!r}, 'w').name)"
-    environment = {**os.environ, "PYTHONPATH": config.HERE}
-    command = f'{sys.executable} -c "$1" >&- 2>&-'
-    done = subprocess.run(["sh", "-c", command, "sh", code], env=environment)
-    assert done.returncode == 1 and (tmp_path / "a").read_text() == ""
+# A program whose standard output and error are closed, and that opens a file.
+CLOSED = """
+import config
+with config.one_line_errors('x'):
+    print(1)
+    raise config.InputError(open('a', 'w').name)
+"""
+CLOSING = f"""
+import os, subprocess, sys, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    command = [*"sh -c".split(), sys.executable + ' -c "$1" >&- 2>&-', "sh", {CLOSED!r}]
+    status = subprocess.run(command, cwd=folder).returncode
+    print(status, os.path.getsize(folder + "/a"))
+"""
+
+
+@pytest.mark.beside("-c", CLOSING)
+def test_a_closed_terminal_is_none_to_fail_at(beside):
+    assert beside.communicate() == ("1 0\n", "")
 
 
 def test_no_git_is_no_error(monkeypatch):

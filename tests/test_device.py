@@ -183,9 +183,9 @@ def test_no_stage_mixes_devices(tmp_path):
         "head.epochs=2",
     ]
     outs = [str(tmp_path / name) for name in ("cpu", "device")]
-    lofi_tal.main(arguments(toy, outs[0], *overrides))
     command = [__file__, outs[1], video, *arguments(toy, outs[1], *overrides)]
     process = Process(*command, env={**ENV, "PYTHONPATH": "."})
+    lofi_tal.main(arguments(toy, outs[0], *overrides))  # at the same time
     assert process.wait() == 0, process.read(2)[-3000:]
     assert result_of(outs[1]) == result_of(outs[0])
     expected = localize.localize(localize.load(outs[0]), video)

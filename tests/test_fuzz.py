@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,13 +14,12 @@ from tests.fuzz_references import strict_json
 BOUNDS = fuzz.Bounds(memory=2**28, cpu_sec=2, wall_sec=2)
 
 
-def test_a_share_of_the_mutations_fails_nowhere():
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz", "--count", "30", "--seed", "7"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "30 mutations, 0 failures" in done.stdout
-    kinds = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" 0")]
+@pytest.mark.beside("-m", "tests.fuzz", "--count", "30", "--seed", "7")
+def test_a_share_of_the_mutations_fails_nowhere(beside):
+    output = beside.read(1)
+    assert beside.returncode == 0, output[-5000:] + beside.read(2)[-2000:]
+    assert "30 mutations, 0 failures" in output
+    kinds = [line.split()[0] for line in output.splitlines() if line.endswith(" 0")]
     assert set(fuzz.list_kinds()) <= set(kinds)
 
 

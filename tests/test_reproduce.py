@@ -674,8 +674,10 @@ def test_the_projects_own_records_are_of_todays_rows_and_make_its_report():
         assert file.read() == text
 
 
-def test_idle_memory_is_that_of_the_libraries():
-    assert 0.1 < results.idle_memory_gb() < 3
+@pytest.mark.beside("-c", "from reproduce import results; print(results.idle_memory_gb())")
+def test_idle_memory_is_that_of_the_libraries(beside):
+    assert beside.returncode == 0, beside.read(2)
+    assert 0.1 < float(beside.read(1)) < 3
 
 
 # --------------------------------------------------------------------------------- a real process

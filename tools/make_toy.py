@@ -296,7 +296,9 @@ def write_zip(path, frames, fps=FPS):
     """Write frames (F, 3, H, W) uint8 as a ZIP of all frames of a video."""
     jpegs = {number: encode(frame) for number, frame in enumerate(frames)}
     info = {"fps": fps, "num_frames": len(frames), "duration_sec": len(frames) / fps}
-    write_frame_zip(path, {**info, "frames": list(jpegs)}, [jpegs])
+    # With their sizes frames are found without the ZIP's directory: a third of a clip's loading.
+    sizes = {"short_sides": [frames.shape[2]], "bytes": [[len(jpeg) for jpeg in jpegs.values()]]}
+    write_frame_zip(path, {**info, "frames": list(jpegs), **sizes}, [jpegs])
 
 
 def list_kinds(toy):
