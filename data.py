@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from tqdm import tqdm
 
 import media
-from evaluate import is_ambiguous, load_json
+from evaluate import is_ambiguous, load_json, without_gc
 from media import InputError, snippet_frames
 from sola import sample_subsequences
 
@@ -83,6 +83,7 @@ MAX_RATIO = 2000  # of features' bytes to their file's, which may declare any; g
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
+@without_gc()
 def _read_json(path, expected, parse):
     try:
         return parse(load_json(path))
@@ -665,7 +666,7 @@ def feature_file(path):
     return path
 
 
-def _read_hdf5(path, values):
+def _read_hdf5(path, rows):
     # Opened for each video: workers must not share a file that was open at their fork.
     file_path = feature_file(path)
     with _open_hdf5(file_path) as file:
@@ -676,19 +677,19 @@ def _read_hdf5(path, values):
             node = node[next(iter(node))] if hasattr(node, "keys") else node
         if not node.is_virtual and node.nbytes > MAX_RATIO * node.id.get_storage_size():
             raise ValueError(f"an array of shape {node.shape} with little in it")
-        return node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
+        if rows is None:
+            return np.broadcast_to(np.zeros((), node.dtype), node.shape)
+        return node[rows if node.shape else ()]
 
 
-def read_features(path, values=True):
+def read_features(path, rows=slice(None)):
     """Return the features at a path of find_features: (L, C), .npy memory-mapped.
 
-    values: False: only the shape is wanted; those of an HDF5 file are then zeros.
+    rows: a slice of the L; no others are read. None: only the shape is wanted.
     """
     try:
-        if path.endswith(".npy"):
-            features = np.load(path, mmap_mode="r")
-        else:
-            features = _read_hdf5(path, values)
+        is_npy = path.endswith(".npy")
+        features = np.load(path, mmap_mode="r") if is_npy else _read_hdf5(path, rows)
         if not isinstance(features, np.ndarray):
             raise ValueError(f"a {type(features).__name__} instead of one array")
     except Exception as error:  # a damaged file makes numpy raise almost anything
@@ -697,7 +698,7 @@ def read_features(path, values=True):
     if features.ndim != 2 or not len(features) or not np.issubdtype(features.dtype, np.floating):
         got = f"shape {features.shape}, {features.dtype}"
         raise InputError(f"{path} has {got}; expected floating-point features (L, C)")
-    return features
+    return features[rows] if rows and is_npy else features
 
 
 def check_finite(x, path, dtype=None):
@@ -745,16 +746,16 @@ class FeatureDataset:
             if missing := [name for name in names if name not in found]:
                 raise InputError(f"{one} has no features of {first_names(missing)}")
             self.paths.append([found[name] for name in names])
-        self.widths = [read_features(paths[0], False).shape[1] for paths in self.paths]
+        self.widths = [read_features(paths[0], None).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
         self.window, (least, self.least) = window, window_overlap
         if window:
             self.counts = [self.num_snippets(i) for i in range(len(videos))]
             self.items = windows_with_segments(videos, self.counts, window, least)
 
-    def _open(self, k, index):
+    def _open(self, k, index, rows=slice(None)):
         path = self.paths[k][index]
-        x = read_features(path)
+        x = read_features(path, rows)
         if x.shape[1] != self.widths[k]:
             first, width = self.paths[k][0], self.widths[k]
             raise InputError(f"{path} has {x.shape[1]} channels, {first} has {width}")
@@ -776,17 +777,20 @@ class FeatureDataset:
 
     def num_snippets(self, index: int) -> int:
         """Return how many snippets a video has on disk, in the first source."""
-        return len(read_features(self.paths[0][index], False))
+        return len(read_features(self.paths[0][index], None))
 
     def features(self, index: int, snippets: int | None = None, rows=slice(None)) -> torch.Tensor:
         """Return a video's features, (C, L) float32, resized to `snippets` (None: to the length of
         the first source); of these, `rows`."""
         parts = []
+        # Of one source, at its own length, no other rows are read: for SoLa 23 of a long video.
+        alone = len(self.paths) == 1 and not snippets
         for k in range(len(self.paths)):
-            x, path = self._open(k, index)
+            x, path = self._open(k, index, rows if alone else slice(None))
             snippets = snippets or len(x)
             resized = len(x) != snippets
-            x = torch.from_numpy(check_finite(x if resized else x[rows], path, np.float32)).t()
+            own = slice(None) if resized or alone else rows
+            x = torch.from_numpy(check_finite(x[own], path, np.float32)).t()
             if resized:
                 x = interpolate(x[None], snippets, mode="linear", align_corners=False)[0][:, rows]
             parts.append(x)
