@@ -283,7 +283,8 @@ def class_names(videos: list[Video]) -> list[str]:
     """Return the labels of the usable segments, sorted."""
     # Without a known duration any end is taken to lie in the video.
     known = [replace(v, duration=1e9) if math.isnan(v.duration) else v for v in videos]
-    return sorted(set().union(*(video.actions[1] for video in known)))
+    labels = set().union(*(video.annotated[1] for video in known))
+    return sorted(label for label in labels if not is_ambiguous(label))
 
 
 def targets_of(segments, labels, classes):
