@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from tqdm import tqdm
 
 import media
-from evaluate import is_ambiguous, load_json
+from evaluate import is_ambiguous, load_json, without_gc
 from media import InputError, snippet_frames
 from sola import sample_subsequences
 
@@ -108,6 +108,7 @@ def load_annotations(path: str, split=("training", "validation", 0.2)) -> dict[s
         return _parse_database(content)
 
 
+@without_gc()
 def _parse_database(content):
     subsets = {}
     for name, entry in content["database"].items():
@@ -275,7 +276,8 @@ def class_names(videos: list[Video]) -> list[str]:
     """Return the labels of the usable segments, sorted."""
     # Without a known duration any end is taken to lie in the video.
     known = [replace(v, duration=1e9) if math.isnan(v.duration) else v for v in videos]
-    return sorted(set().union(*(video.actions[1] for video in known)))
+    labels = set().union(*(video.annotated[1] for video in known))
+    return sorted(label for label in labels if not is_ambiguous(label))
 
 
 def targets_of(segments, labels, classes):
@@ -616,7 +618,7 @@ def find_features(source, names):
     return media.look_up(names, found)
 
 
-def _read_hdf5(path, values):
+def _read_hdf5(path, rows):
     # Opened for each video: workers must not share a file that was open at their fork.
     path, _, key = path.partition("::")
     with _open_hdf5(path) as file:
@@ -627,23 +629,25 @@ def _read_hdf5(path, values):
             node = node[next(iter(node))] if hasattr(node, "keys") else node
         if not node.is_virtual and node.nbytes > MAX_RATIO * node.id.get_storage_size():
             raise ValueError(f"an array of shape {node.shape} with little in it")
-        return node[()] if values else np.broadcast_to(np.zeros((), node.dtype), node.shape)
+        if rows is None:
+            return np.broadcast_to(np.zeros((), node.dtype), node.shape)
+        return node[rows if node.shape else ()]
 
 
-def read_features(path, values=True):
+def read_features(path, rows=slice(None)):
     """Return the features at a path of find_features: (L, C), .npy memory-mapped.
 
-    values: False: only the shape is wanted; those of an HDF5 file are then zeros.
+    rows: a slice of the L; no others are read. None: only the shape is wanted.
     """
     try:
         is_npy = path.endswith(".npy")
-        features = np.load(path, mmap_mode="r") if is_npy else _read_hdf5(path, values)
+        features = np.load(path, mmap_mode="r") if is_npy else _read_hdf5(path, rows)
         if features.ndim != 2 or not len(features) or features.dtype.kind != "f":
             raise ValueError(f"shape {features.shape}, {features.dtype}")
     except Exception as error:  # a damaged file makes numpy raise almost anything
         expected = "expected floating-point features (L, C), .npy or HDF5"
         raise InputError(f"{path} cannot be read ({error}); {expected}") from None
-    return features
+    return features[rows] if rows and is_npy else features
 
 
 def check_finite(x, path, dtype=None):
@@ -691,16 +695,16 @@ class FeatureDataset:
             if missing := [name for name in names if name not in found]:
                 raise InputError(f"{one} has no features of {first_names(missing)}")
             self.paths.append([found[name] for name in names])
-        self.widths = [read_features(paths[0], False).shape[1] for paths in self.paths]
+        self.widths = [read_features(paths[0], None).shape[1] for paths in self.paths]
         self.channels = sum(self.widths)
         self.window, (least, self.least) = window, window_overlap
         if window:
             self.counts = [self.num_snippets(i) for i in range(len(videos))]
             self.items = windows_with_segments(videos, self.counts, window, least)
 
-    def _open(self, k, index):
+    def _open(self, k, index, rows=slice(None)):
         path = self.paths[k][index]
-        x = read_features(path)
+        x = read_features(path, rows)
         if x.shape[1] != self.widths[k]:
             first, width = self.paths[k][0], self.widths[k]
             raise InputError(f"{path} has {x.shape[1]} channels, {first} has {width}")
@@ -719,17 +723,20 @@ class FeatureDataset:
 
     def num_snippets(self, index: int) -> int:
         """Return how many snippets a video has on disk, in the first source."""
-        return len(read_features(self.paths[0][index], False))
+        return len(read_features(self.paths[0][index], None))
 
     def features(self, index: int, snippets: int | None = None, rows=slice(None)) -> torch.Tensor:
         """Return a video's features, (C, L) float32, resized to `snippets` (None: to the length of
         the first source); of these, `rows`."""
         parts = []
+        # Of one source, at its own length, no other rows are read: for SoLa 23 of a long video.
+        alone = len(self.paths) == 1 and not snippets
         for k in range(len(self.paths)):
-            x, path = self._open(k, index)
+            x, path = self._open(k, index, rows if alone else slice(None))
             snippets = snippets or len(x)
             resized = len(x) != snippets
-            x = torch.from_numpy(check_finite(x if resized else x[rows], path, np.float32)).t()
+            own = slice(None) if resized or alone else rows
+            x = torch.from_numpy(check_finite(x[own], path, np.float32)).t()
             if resized:
                 x = interpolate(x[None], snippets, mode="linear", align_corners=False)[0][:, rows]
             parts.append(x)

@@ -104,7 +104,7 @@ def frame_chunks(source, numbers, size, crop, chunk_snippets):
         yield torch.stack([frames[n] for n in nearest.tolist()]).unflatten(0, (1, *rows.shape))
         if len(later):
             # Of the frames before all later ones, the last may stand for one that fails to decode.
-            oldest = held[held < later.min()].max(initial=-1)
+            oldest = held[held < later[0].min()].max(initial=-1)
             frames = {n: frame for n, frame in frames.items() if n >= oldest}
     media.check_coverage(source.path, num_decoded, len(wanted))
 

@@ -1,10 +1,11 @@
 """Measure loading: samples from prepared frames against the public habits, and many annotations.
 
-    python -m benchmarks.data frames --video VIDEO.mp4   needs FFmpeg's command, and Pillow
+    python -m benchmarks.data frames [--video VIDEO.mp4]   needs FFmpeg's command, and Pillow
     python -m benchmarks.data annotations [--videos 1000000]
 
-frames: one video, repeated up to --seconds, is prepared as tools.prepare_data does. Then samples of
-the four fidelities (LoFi's ActivityNet sizes) are loaded as training does, in one thread, from:
+frames: one video (default: a test picture with noise), repeated up to --seconds, is prepared as
+tools.prepare_data does. Then samples of the four fidelities (LoFi's ActivityNet sizes) are loaded
+as training does, in one thread, from:
     prepared            the ZIP, with its smaller copies
     prepared, one size  a ZIP without them
     video file          the original, decoded for each access by torchcodec
@@ -15,9 +16,11 @@ annotations: seconds and peak memory of reading a JSON of so many videos.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -31,6 +34,7 @@ import torch
 import checkpoint
 import data
 import media
+from benchmarks.table import Row, rounded
 from tools.prepare_data import prepare
 
 VIDEO = {"snippets": 100, "frames_per_snippet": 8, "stride": 8, "size": 224, "crop": 0.875}
@@ -122,14 +126,31 @@ def write_jpegs(zip_path, num_frames, folder):
             os.link(first, path)
 
 
+def make_video(path):
+    """Make a short video: a test picture that moves, with noise."""
+    picture = "testsrc2=size=340x256:rate=25:duration=10,noise=alls=12:allf=t"
+    encode = ["-f", "lavfi", "-i", picture, "-c:v", "mpeg4", "-q:v", "4", "-pix_fmt", "yuv420p"]
+    subprocess.run(["ffmpeg", "-v", "error", *encode, path], check=True)
+
+
 def measure_frames(args):
+    """Return {source: {fidelity: (seconds, JPEG share)}}."""
     with tempfile.TemporaryDirectory() as folder:
+        if not args.video:
+            args.video = f"{folder}/picture.mp4"
+            make_video(args.video)
         long = f"{folder}/v.mp4"
         cut = ["-stream_loop", "-1", "-i", args.video, "-t", str(args.seconds), "-an", "-c", "copy"]
         subprocess.run(["ffmpeg", "-v", "error", *cut, long], check=True)
         source = media.open_media(long)
         print(f"video: {source.duration:.1f} s, {os.path.getsize(long) / 1e6:.1f} MB")
-        settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
+        settings = {
+            "snippets": FULL.snippets,
+            "frames": 8,
+            "stride": 8,
+            "short_side": 256,
+            "quality": 90,
+        }
         loads = {"video file": loader(long, source.duration)}
         for name, copies in (("prepared, one size", []), ("prepared", [181, 128])):
             prepare({"v": long}, f"{folder}/{name}", {**settings, "copies": copies}, 0)
@@ -141,10 +162,11 @@ def measure_frames(args):
             loads["PIL folder"] = PilFolder(f"{folder}/pil").load
         print("\n| from | sample | ms | of full | JPEG share | prepared is faster |")
         print("|---|---|--:|--:|--:|--:|")
-        prepared = {}
+        prepared, found = {}, {}
         for name, load in reversed(loads.items()):
             repeats = 1 if name == "video file" else args.repeats
             times = {k: time_samples(load, f, repeats) for k, f in FIDELITIES.items()}
+            found[name] = times
             prepared = times if name == "prepared" else prepared
             for key, (seconds, share) in times.items():
                 of_full = seconds / times["full"][0]
@@ -158,6 +180,42 @@ def measure_frames(args):
                     faster,
                 )
                 print("| " + " | ".join(cells) + " |")
+    return found
+
+
+def rows(quick=False):
+    """Return rows of the benchmarks' table."""
+    global FULL, FIDELITIES
+    options = ["--seconds=4", "--repeats=1", "--no-pil"] if quick else ["--repeats=3"]
+    if quick:
+        FULL = data.Fidelity("full", 4, 32)
+        FIDELITIES = {"full": FULL, "T": data.Fidelity("T", 2, 32)}
+        VIDEO.update(snippets=4, size=32)
+    if not shutil.which("ffmpeg"):
+        return [Row("samples of a video", "", "not measured: needs FFmpeg's command")]
+    if importlib.util.find_spec("PIL") is None:
+        options.append("--no-pil")
+    found = measure_frames(parse_arguments(["frames", *options]))
+    prepared = found.pop("prepared")
+    size = f"{FULL.snippets} x 8 frames x {FULL.size} pixels"
+    what = f"samples from a prepared ZIP, {size}; {', '.join(FIDELITIES)}"
+    sources = {"video file": "decoding the video file each time", "PIL folder": "JPEG files by PIL"}
+    table = []
+    for name, against in sources.items():
+        if name not in found:
+            table.append(Row(what, against, "not measured: Pillow is not installed"))
+            continue
+        times = found[name]
+        ratios = [f"{times[key][0] / prepared[key][0]:.2g}" for key in FIDELITIES]
+        both = f"{rounded(prepared['full'][0])}, {rounded(times['full'][0])} (full)"
+        table.append(Row(what, against, f"{', '.join(ratios)} x faster", both))
+    full = prepared["full"][0]
+    low = [key for key in FIDELITIES if key != "full"]
+    ratios = [f"{full / prepared[key][0]:.2g}" for key in low]
+    row = Row(f"samples at {', '.join(low)}", "full fidelity", f"{', '.join(ratios)} x cheaper")
+    shares = [f"{prepared[key][1]:.0%}" for key in FIDELITIES]
+    what = f"JPEG decoding, {', '.join(FIDELITIES)}"
+    return [*table, row, Row(what, "all of a sample's time", ", ".join(shares))]
 
 
 def measure_annotations(args):
@@ -181,16 +239,20 @@ def measure_annotations(args):
         )
 
 
-def main():
+def parse_arguments(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=["frames", "annotations"])
-    parser.add_argument("--video", help="a video file, for frames")
+    parser.add_argument("--video", help="a video file, for frames; default: one is made")
     parser.add_argument("--seconds", type=float, default=117, help="117: the mean of ActivityNet")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-pil", action="store_true", help="leave Pillow out")
     parser.add_argument("--videos", type=int, default=1_000_000)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, 1 thread, torch {torch.__version__}")
     if args.what == "annotations":

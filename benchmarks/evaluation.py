@@ -1,9 +1,10 @@
 """Time mAP and soft-NMS against plain loops that take the public code's steps, and compare results.
 
-    python -m benchmarks.evaluation --annotations activitynet.json [--predictions 1000000]
+    python -m benchmarks.evaluation [--annotations activitynet.json] [--predictions 1000000]
                                     [--full] [--json OUT.json]
 
-mAP: predictions around ActivityNet's real validation segments. The public design keeps them in
+mAP: predictions around the validation segments of ActivityNet's annotations, if given, else around
+as many made up ones. The public design keeps them in
 pandas frames and walks them row by row, which takes minutes for a million: without --full it scores
 a few whole classes, and its rate is what is compared. It needs pandas (no dependency of the
 project); the same loop over numpy arrays is timed too.
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 
 import evaluate as ev
+from benchmarks.scale import NUM_VIDEOS, make_entries, write_object
+from benchmarks.table import Row, rounded
 
 
 def timed(function, repeats=1):
@@ -205,19 +208,19 @@ def time_ours(data, results, args):
     subset = args.subset
     seconds = {}
     truth = ev._read_ground_truth(data, "ground truth", subset, [])
-    predicted = ev._read_predictions(results, "result", truth, subset, False, [])
+    loaded = {"results": results}
+    predicted, _ = ev._read_predictions(loaded, "result", truth, subset, False, [])
     match = timed(
-        lambda: ev._match_predictions(truth, predicted, ev.ACTIVITYNET_TIOU), args.repeats
+        lambda: ev._match_predictions(truth, predicted, ev.ACTIVITYNET_TIOU, True), args.repeats
     )
     seconds["arrays only (no parsing)"] = match[1]
-    loaded = {"results": results}
     metrics, seconds["from loaded dictionaries"] = timed(
         lambda: ev.evaluate(data, loaded, subset=subset, analysis=False), args.repeats
     )
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "result.json")
         ev.save_results(results, file, class_source="benchmark")
-        memory = peak_memory(args.annotations, file, subset)
+        memory = 0.0 if args.quick else peak_memory(args.annotations, file, subset)
         _, loading = timed(lambda: json.loads(Path(file).read_text()), args.repeats)
         _, seconds["from the JSON file"] = timed(
             lambda: ev.evaluate(data, file, subset=subset, analysis=False), args.repeats
@@ -333,12 +336,53 @@ def bench_soft_nms(args):
     return {"seconds": seconds}
 
 
-def main():
-    """Run the command line."""
+def bench(args, folder):
+    """Return the figures of both; annotations are made in a folder if there are none."""
+    if not args.annotations:
+        args.annotations = f"{folder}/annotations.json"
+        write_object(args.annotations, "database", make_entries(args.gt_videos))
+    return {"map": bench_map(args), "soft_nms": bench_soft_nms(args)}
+
+
+def rows(quick=False):
+    """Return rows of the benchmarks' table."""
+    sizes = ["--predictions=3000", "--gt-videos=50", "--videos=2", "--proposals=200"]
+    sizes = [*sizes, "--repeats=1", "--quick"] if quick else ["--videos=64"]
+    with tempfile.TemporaryDirectory() as folder:
+        args = parse_arguments(sizes)
+        figures = bench(args, folder)
+    found = []
+    timed_rows = figures["map"]["rows"]
+    what = f"mAP of {args.predictions:,} detections"
+    for name, row in timed_rows.items():
+        if name.startswith("plain"):
+            ours = timed_rows["ours, " + name.rpartition(", ")[2]]
+            scaled = row["seconds"] / row["predictions"] * ours["predictions"]
+            both = f"{rounded(ours['seconds'])}, {rounded(scaled)}"
+            both += "" if row["predictions"] == ours["predictions"] else " (by its rate)"
+            _, loop, source = name.split(", ")
+            ratio = f"{scaled / ours['seconds']:.0f} x faster"
+            found.append(Row(f"{what}, {source}", f"a plain loop, {loop}", ratio, both))
+    if not any("pandas" in name for name in timed_rows):
+        found.append(Row(what, "a plain loop, pandas", "not measured: pandas is not installed"))
+    seconds = figures["soft_nms"]["seconds"]
+    *ours, plain = seconds.items()
+    for name, own in ours:
+        what = (
+            f"soft-NMS, {args.videos} videos x {args.proposals:,} proposals, {name.split(', ')[1]}"
+        )
+        both = f"{rounded(own)}, {rounded(plain[1])}"
+        found.append(Row(what, "a plain loop, lists", f"{plain[1] / own:.0f} x faster", both))
+    return found
+
+
+def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotations", required=True, help="ActivityNet's annotations")
+    parser.add_argument("--annotations", help="ActivityNet's; default: made up ones")
+    videos = "videos of the made up annotations"
+    parser.add_argument("--gt-videos", type=int, default=NUM_VIDEOS, help=videos)
     parser.add_argument("--subset", default="validation")
     parser.add_argument("--predictions", type=int, default=1_000_000)
     classes = "classes that the plain loops score without --full"
@@ -350,12 +394,19 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the figures")
-    args = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main():
+    """Run the command line."""
+    args = parse_arguments()
     torch.set_num_threads(1)
     machine = platform.processor() or platform.machine()
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     print(f"{machine}, 1 thread, {versions}, torch {torch.__version__}\n")
-    figures = {"map": bench_map(args), "soft_nms": bench_soft_nms(args)}
+    with tempfile.TemporaryDirectory() as folder:
+        figures = bench(args, folder)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
 

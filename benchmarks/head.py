@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import bmn_materialised, gtad_materialised
+from benchmarks.table import Row, rounded
 from bmn import BMN
 from checkpoint import machine_name, peak_memory_gb
 from gtad import GTAD, loss_weights, losses, make_targets
@@ -100,6 +101,7 @@ def resident_growth_mb(args, way):
 
 
 def report(title, times, memory_mb):
+    """Print a table; return how much faster and smaller ours is, and the seconds of both."""
     print(f"\n{title}\n{'':14}{'median s':>10}{'min':>9}{'max':>9}{'memory MB':>12}")
     medians = {}
     for way, values in times.items():
@@ -107,22 +109,27 @@ def report(title, times, memory_mb):
         span = f"{min(values):9.4f}{max(values):9.4f}"
         print(f"{way:14}{medians[way]:10.4f}{span}{memory_mb[way]:12.0f}")
     faster = medians["materialised"] / medians["folded"]
-    smaller = memory_mb["materialised"] / memory_mb["folded"]
+    smaller = memory_mb["materialised"] / max(memory_mb["folded"], 1e-3)
     print(f"{'ratio':14}{faster:10.1f}{'':18}{smaller:12.1f}")
+    return faster, smaller, [medians[way] for way in WAYS]
 
 
-def run_on_cpu(args):
+def run_on_cpu(args, alone=True):
+    """Return what `report` does; alone: memory is measured in processes of their own."""
     names = ("head", "batch", "length", "channels", "threads")
     options = [f"--{name}={getattr(args, name)}" for name in names]
     memory_mb = {}
     for way in WAYS:
+        if not alone:
+            memory_mb[way] = resident_growth_mb(args, way)
+            continue
         command = [sys.executable, "-m", "benchmarks.head", "--memory", way, *options]
         memory_mb[way] = float(subprocess.check_output(command, text=True))
     step = make_step(args, CPU)
     print_difference(step)
     times = measure_times(step, args.repeats)
     title = f"CPU, float32, batch {args.batch}, {torch.get_num_threads()} threads"
-    report(title, times, memory_mb)
+    return report(title, times, memory_mb)
 
 
 def run_on_gpu(args):
@@ -141,6 +148,24 @@ def run_on_gpu(args):
             memory_mb[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
         name = str(dtype).removeprefix("torch.")
         report(f"GPU, {name}, batch {args.batch}", times, memory_mb)
+
+
+def rows(quick=False):
+    """Return rows of the benchmarks' table, measured on a CPU."""
+    found = []
+    for name, head in HEADS.items():
+        batch, length, repeats = (1, 8, 1) if quick else (4, 100, 3)
+        sizes = {"head": name, "batch": batch, "length": length, "channels": head.channels}
+        args = argparse.Namespace(**sizes, repeats=repeats, threads=torch.get_num_threads())
+        faster, smaller, seconds = run_on_cpu(args, alone=not quick)
+        title = {"gtad": "G-TAD", "bmn": "BMN"}[name]
+        what = (
+            f"{title} head, L = {length}, C = {head.channels}, batch {batch}, forward and backward"
+        )
+        ratio = f"{faster:.1f} x faster, {smaller:.1f} x less memory"
+        both = ", ".join(map(rounded, seconds))
+        found.append(Row(what, "materialising the proposal map", ratio, both))
+    return found
 
 
 def main():

@@ -3,8 +3,8 @@
     python -m benchmarks.sola study runs/toy-0 runs/toy-1 runs/toy-2 --out runs/sola-study \\
         [--conditions] [--head-seeds 2]
     python -m benchmarks.sola settings runs/toy-2 --out runs/sola-settings
-    python -m benchmarks.sola cost --data data/toy-0 \\
-        --checkpoint runs/toy-0/acp/pretrain/encoder.pt
+    python -m benchmarks.sola cost [--data data/toy-0 \\
+        --checkpoint runs/toy-0/acp/pretrain/encoder.pt]
 
 study: finished runs of train.sh with rows acp and lofi, one data seed each. For the features of
 each encoder: raw, their moving average (the control: what plain smoothing brings; two widths) and
@@ -21,7 +21,8 @@ settings: the same probe for other settings of SoLa's training, on one data seed
 choosing: no result.
 
 cost: trainable parameters, peak memory above an idle process, seconds an epoch (one pass over the
-training videos) of SoLa, ACP+ and LoFi end to end, each in a process of its own.
+training videos) of SoLa, ACP+ and LoFi end to end, each in a process of its own. Without --data a
+toy data set is made for it, and the encoder's weights are random.
 
 Stages are lofi_tal.py's own; rerun the same command to resume.
 """
@@ -40,9 +41,19 @@ import torch
 
 import evaluate
 import lofi_tal
-from checkpoint import load_json, machine_name, peak_memory_gb, save_json, write_atomic
+from benchmarks.table import Row, rounded
+from checkpoint import (
+    load_json,
+    machine_name,
+    peak_memory_gb,
+    save_json,
+    save_weights,
+    write_atomic,
+)
 from config import load_config
 from data import FeatureDataset, load_annotations
+from localizer import build_encoder
+from tools.make_toy import Toy, make_toy
 from tools.probe_sola import fit_probe, linear_probe, moving_average, snippet_labels
 
 SOLA = "configs/sola_toy.yaml"
@@ -476,13 +487,35 @@ def measure(kind, overrides):
 
 
 def cost(args):
-    inputs = [
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data:
+            args.data = f"{folder}/toy"
+            make_toy(args.data, Toy(clips=1, stills=1))
+        if not args.checkpoint:
+            args.checkpoint = f"{folder}/encoder.pt"
+            save_random_encoder(args.checkpoint)
+        measure_costs(args)
+
+
+def save_random_encoder(path):
+    sizes = load_config(LOFI).encoder
+    save_weights(build_encoder(**sizes), path, encoder=dict(sizes), seconds=0.0)
+
+
+def inputs_of(args):
+    """Return the config's overrides that all three share."""
+    return [
         f"data.annotations={args.data}/annotations.json",
         f"data.frames={args.data}/frames",
         f"pretrain.pretrained={args.checkpoint}",
         *args.set,
     ]
-    if args.kind:
+
+
+def measure_costs(args):
+    """Print what each kind of training costs; with args.kind, of one, in this process."""
+    inputs = inputs_of(args)
+    if getattr(args, "kind", None):
         features = [f"data.features={args.features}"] if args.kind == "SoLa" else []
         print(json.dumps(measure(args.kind, [*features, *inputs])))
         return
@@ -491,11 +524,14 @@ def cost(args):
         features = args.features or f"{out}/features"
         if not args.features:
             run(LOFI, out, "stages=[features]", *inputs)
-        command = [sys.executable, "-m", "benchmarks.sola", *sys.argv[1:], "--features", features]
+        options = ["--data", args.data, "--checkpoint", args.checkpoint, "--features", features]
+        options += ["--set", *args.set] if args.set else []
+        command = [sys.executable, "-m", "benchmarks.sola", "cost", *options]
         for kind in STAGES:
             text = subprocess.check_output([*command, "--kind", kind], text=True)
             rows[kind] = json.loads(text.splitlines()[-1])
     print_costs(rows, args.data)
+    return rows
 
 
 def print_costs(rows, data_folder):
@@ -529,6 +565,32 @@ def print_costs(rows, data_folder):
         print(row([kind, parameters, *measured, epochs[kind], total]))
 
 
+def rows(quick=False):
+    """Return rows of the benchmarks' table."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = argparse.Namespace(data=f"{folder}/toy", checkpoint=f"{folder}/encoder.pt")
+        args.features, args.set = None, []
+        toy = Toy(clips=1, stills=1, **({"train": 2, "val": 2} if quick else {}))
+        make_toy(args.data, toy, workers=0 if quick else None)
+        save_random_encoder(args.checkpoint)
+        if quick:
+            run(LOFI, f"{folder}/run", "stages=[features]", *inputs_of(args))
+            args.features = f"{folder}/run/features"
+            inputs = [f"data.features={args.features}", *inputs_of(args)]
+            costs = dict.fromkeys(STAGES, measure("SoLa", inputs))
+        else:
+            costs = measure_costs(args)
+    found = []
+    sola = costs.pop("SoLa")
+    for kind, cells in costs.items():
+        time_ratio = cells["seconds"] / sola["seconds"]
+        memory_ratio = cells["memory_mb"] / max(sola["memory_mb"], 1e-3)
+        ratio = f"1/{time_ratio:.0f} of the time, 1/{memory_ratio:.1f} of the memory"
+        both = f"{rounded(sola['seconds'])}, {rounded(cells['seconds'])}"
+        found.append(Row("an epoch of SoLa, toy data", f"an epoch of {kind}", ratio, both))
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sola",
@@ -553,8 +615,8 @@ def main():
     command.add_argument("--out", default="runs/sola-settings")
     command = commands.add_parser("cost")
     command.set_defaults(run=cost)
-    command.add_argument("--data", required=True)
-    command.add_argument("--checkpoint", required=True, help="what ACP+ and LoFi start from")
+    command.add_argument("--data", help="a toy data set; default: one is made")
+    command.add_argument("--checkpoint", help="what ACP+ and LoFi start from; default: random")
     command.add_argument("--features", help="its features; default: extracted first")
     command.add_argument("--kind", help=argparse.SUPPRESS)
     command.add_argument("--set", nargs="+", default=[], metavar="key.sub=value")

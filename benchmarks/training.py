@@ -28,6 +28,7 @@ import torch
 import checkpoint
 import data
 import tsm
+from benchmarks.table import Row, rounded
 from localizer import Distributed, Localizer, localization_step
 from tools.make_toy import Toy, make_toy
 
@@ -35,6 +36,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler tells of GPU
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FRAMES = 8
+WIDTH = 64
 FULL = data.Fidelity("full", 100, 224) if CUDA else data.Fidelity("full", 64, 112)
 CHUNK = 8 if CUDA else 4
 LOSS = {"node": 1.0, "regression": 10.0, "classification": 1.0}
@@ -68,7 +70,7 @@ def median_times(*functions, runs):
 
 def build_localizer():
     torch.manual_seed(0)
-    encoder = tsm.TSM(frozen_bn=True)
+    encoder = tsm.TSM(width=WIDTH, frozen_bn=True)
     return Localizer("gtad", {}, encoder.channels, encoder=encoder).to(DEVICE).train()
 
 
@@ -88,7 +90,7 @@ def random_batch(fidelity):
 
 
 def measure_fidelity(name, runs):
-    """Print [peak memory in GB above the start, median seconds a step], in a process of its own."""
+    """Return [peak memory in GB above the start, median seconds a step] of this process."""
     fidelity = fidelities()[name.removesuffix(" in chunks")]
     chunk = CHUNK if name.endswith("in chunks") else None
     model = build_localizer()
@@ -102,14 +104,15 @@ def measure_fidelity(name, runs):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 1e9
     (seconds,) = median_times(partial(train_step, model, optimizer, batch, chunk), runs=runs)
-    print(json.dumps([checkpoint.peak_memory_gb(DEVICE) - before, seconds]))
+    return [checkpoint.peak_memory_gb(DEVICE) - before, seconds]
 
 
-def compare_fidelities(runs):
+def compare_fidelities(runs, alone=True):
+    """Return {fidelity: what measure_fidelity does}; alone: in processes of their own, and all."""
     print("\n1. one training step of one video, encoder and head")
     print("| fidelity | peak memory GB | of full | seconds | of full |\n|---|--:|--:|--:|--:|")
     measured = {}
-    for name in ("full", "full in chunks", "S", "T", "ST"):
+    for name in ("full", "full in chunks", "S", "T", "ST") if alone else ("full", "S"):
         command = [
             sys.executable,
             "-m",
@@ -119,14 +122,18 @@ def compare_fidelities(runs):
             "--runs",
             str(runs),
         ]
+        if not alone:
+            measured[name] = measure_fidelity(name, runs)
+            continue
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         measured[name] = json.loads(done.stdout.splitlines()[-1])
     full_memory, full_seconds = measured["full"]
     for name, (memory, seconds) in measured.items():
-        memory_ratio, time_ratio = memory / full_memory, seconds / full_seconds
+        memory_ratio, time_ratio = memory / max(full_memory, 1e-9), seconds / full_seconds
         print(f"| {name} | {memory:.2f} | {memory_ratio:.3f} | {seconds:.2f} | {time_ratio:.2f} |")
-    low = [measured[name][0] for name in ("S", "T", "ST")]
-    print(f"largest over smallest memory of S, T, ST: {max(low) / min(low):.2f}")
+    low = [measured[name][0] for name in ("S", "T", "ST") if name in measured]
+    print(f"largest over smallest memory of S, T, ST: {max(low) / max(min(low), 1e-9):.2f}")
+    return measured
 
 
 def compare_whole_step(runs):
@@ -135,7 +142,7 @@ def compare_whole_step(runs):
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"size": round(FULL.size / 0.875), "snippets": FULL.snippets}
         toy = Toy(train=2, val=1, clips=1, stills=1, frames_per_snippet=FRAMES, **sizes)
-        make_toy(f"{folder}/toy", toy, workers=1)
+        make_toy(f"{folder}/toy", toy, workers=0)
         subsets = data.load_annotations(f"{folder}/toy/annotations.json")
         videos = data.select_videos(subsets, "training", f"{folder}/toy/frames", "frames")
         view = {"frames_per_snippet": FRAMES, "stride": 1, "size": FULL.size}
@@ -158,6 +165,7 @@ def compare_whole_step(runs):
         data.stop_workers()
     print(f"\n2. whole training step, 2 videos of {fidelity}: {step:.3f} s; encoder alone:")
     print(f"{encoder:.3f} s; ratio {step / encoder:.2f}")
+    return step, encoder
 
 
 def plain_shifted_conv(conv, x, frames, div):
@@ -194,8 +202,8 @@ def held_memory(model, frames, conv=tsm.shifted_conv):
 
 def compare_encoders(runs):
     frames = random_batch(data.Fidelity("x", 25 if CUDA else 8, FULL.size))["frames"]
-    shifting = tsm.TSM(frozen_bn=True).to(DEVICE).train()
-    still = tsm.TSM(shift_div=0, frozen_bn=True).to(DEVICE).train()
+    shifting = tsm.TSM(width=WIDTH, frozen_bn=True).to(DEVICE).train()
+    still = tsm.TSM(width=WIDTH, shift_div=0, frozen_bn=True).to(DEVICE).train()
     cases = {
         "TSM": (shifting, frames),
         "no shift": (still, frames),
@@ -215,6 +223,38 @@ def compare_encoders(runs):
     full, half = median_times(*steps, runs=runs)
     print(f"\n4. encoder, forward and backward: float32 {full:.3f} s, bfloat16 {half:.3f} s;")
     print(f"float32 / bfloat16 {full / half:.2f}")
+    return times, held, (full, half)
+
+
+def rows(quick=False):
+    """Return rows of the benchmarks' table."""
+    global FULL, FRAMES, WIDTH
+    if quick:
+        FULL, FRAMES, WIDTH = data.Fidelity("full", 16, 16), 2, 16
+    runs = 1 if quick else 2
+    measured = compare_fidelities(runs, alone=not quick)
+    memory, seconds = measured.pop("full")
+    found = []
+    for name, (own_memory, own_seconds) in measured.items():
+        what = (
+            f"training step of one video, {FULL.snippets} x {FRAMES} x {FULL.size} pixels: {name}"
+        )
+        ratio = f"memory {own_memory / max(memory, 1e-9):.3f}, time {own_seconds / seconds:.2f}"
+        both = f"{rounded(own_seconds)}, {rounded(seconds)}"
+        found.append(Row(what, "full fidelity", ratio, both))
+    step, encoder = compare_whole_step(runs)
+    what = "whole step, 2 videos at S: loader, encoder, head, targets, losses, optimizer"
+    both = f"{rounded(step)}, {rounded(encoder)}"
+    found.append(Row(what, "encoder alone", f"time {step / encoder:.2f}", both))
+    (shifting, still, plain), held, (full, half) = compare_encoders(runs)
+    what = "TSM-ResNet-18, forward and backward"
+    ratio = f"time {shifting / still:.2f}, memory held {held[0] / held[1]:.2f}"
+    ratio += f"; a plain shift {plain / still:.2f}, {held[2] / held[1]:.2f}"
+    both = f"{rounded(shifting)}, {rounded(still)}"
+    found.append(Row(what, "the same without shift", ratio, both))
+    both = f"{rounded(half)}, {rounded(full)}"
+    found.append(Row(f"{what}, bfloat16", "float32", f"{full / half:.2f} x faster", both))
+    return found
 
 
 def main():
@@ -224,7 +264,7 @@ def main():
     parser.add_argument("--fidelity", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.fidelity:
-        measure_fidelity(args.fidelity, args.runs)
+        print(json.dumps(measure_fidelity(args.fidelity, args.runs)))
         return
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if CUDA else machine

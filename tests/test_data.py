@@ -185,8 +185,26 @@ def test_foreign_hdf5_files_are_named(tmp_path):
     found = data.find_features(f"{tmp_path}/f.h5", ["folder/v", "none"])
     assert data.read_features(found["folder/v"]).shape == (4, 3) and len(found) == 1
     # Where only the shape is wanted, nothing is read and nothing held.
-    shape = data.read_features(found["folder/v"], values=False)
+    shape = data.read_features(found["folder/v"], rows=None)
     assert shape.shape == (4, 3) and shape.strides == (0, 0)
+
+
+def test_of_a_long_video_only_the_rows_asked_for_are_read(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    x = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["v"] = x
+    np.save(tmp_path / "v.npy", x)
+    asked = []
+    read = h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda s, k: asked.append(k) or read(s, k))
+    for source in ("f.h5", "."):
+        features = data.FeatureDataset([make_video("v")], f"{tmp_path}/{source}")
+        part = data.SubsequenceDataset(features, 23, seed=1, cache_gb=0)[0, data.NATIVE]
+        (start,) = np.flatnonzero(x[:, 0] == part["features"][0, 0].item())
+        assert (part["features"].T.numpy() == x[start : start + 23]).all()
+        assert features.features(0, rows=slice(995, 1018)).shape == (4, 5)
+    assert asked == [slice(start, start + 23), slice(995, 1018)]
 
 
 def test_a_duplicate_video_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Numbers worked by hand, and plain loops that follow the official evaluators step by step."""
 
+import gc
 import json
 import math
 import os
@@ -937,6 +938,46 @@ def test_a_video_twice_in_a_file_is_refused(name, tmp_path):
         (tmp_path / f"{key}.json").write_text(text)
     with pytest.raises(ev.InputError, match="duplicate key 'v'"):
         ev.evaluate(tmp_path / "truth.json", tmp_path / "result.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a:b": "http://c", "d" : {"e":[1, -0, 0.1, 1e-400, 1e22, 18446744073709551615, null]}}',
+        '{"a": 1, "b": {"c": 1, "c": 2}}',
+        '{"a": ":", "a": 1}',
+        '{"a" : "\\":", "b": [{"c": 1}, {"c": 1, "d": 2, "c": 3}]}',
+        '{"a": [NaN, Infinity, -Infinity, 1e400]}',
+        '\ufeff{"a": "\u00fc"}',
+        '{"a": "\\ud800"}',
+        '{"a": "\n"}',
+        '{"a": [1,]}',
+        '{"a": 01}',
+        "",
+        '{"a": 1} {}',
+        '{"a": 1',
+        "[" * 99999,
+        "9" * 5000,
+    ],
+)
+def test_both_readers_of_json_agree(text, monkeypatch):
+    orjson = pytest.importorskip("orjson")
+    outcomes = []
+    for module in (orjson, None):
+        monkeypatch.setitem(sys.modules, "orjson", module)
+        try:
+            outcomes.append(repr(ev.parse_json(text.encode())))
+        except (ValueError, RecursionError) as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    assert outcomes[0] == outcomes[1]
+
+
+def test_orjson_reads_what_it_may_where_it_is_installed(monkeypatch):
+    pytest.importorskip("orjson")
+    monkeypatch.setattr(ev, "unique_keys", None)
+    for text in ('{"a": {"b": [1, 2.5]}}', '{"a" : [{"url": "https://x"}, {"url":"b: c"}]}'):
+        assert ev.parse_json(text.encode()) == json.loads(text)
+    assert gc.isenabled()
 
 
 def test_durations_of_other_subsets_are_read_by_the_same_rules():
