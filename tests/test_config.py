@@ -516,7 +516,7 @@ def test_segments_that_no_run_can_use_are_found_at_its_start(tmp_path):
     assert check() == check(val=()) == ["head", "detect"]
     with pytest.raises(InputError, match="subset training has no usable segment"):
         check(train=(5, 2))
-    with pytest.raises(config.INPUT_ERRORS, match=r"video 'w', entry 0: segment must be 2 finite"):
+    with pytest.raises(config.INPUT_ERRORS, match=r"video 'w', entry 0: .*2 finite"):
         check(val=[(math.nan, 3)])
     for override in ("head.lr=[0.1, 0.2]", "detect.class_scores=ground_truth"):
         with pytest.raises(InputError, match="subset validation has no segments"):
