@@ -291,7 +291,10 @@ def build_optimizer(model, options):
     """Return the optimizer of a config block: optimizer, lr, weight_decay and, of sgd, momentum."""
     keys = ["lr", "weight_decay"] + ["momentum"] * (options["optimizer"] == "sgd")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return OPTIMIZERS[options["optimizer"]](parameters, **{key: options[key] for key in keys})
+    settings = {key: options[key] for key in keys}
+    if parameters[0].is_cuda:
+        settings["fused"] = True  # a few kernels for all parameters
+    return OPTIMIZERS[options["optimizer"]](parameters, **settings)
 
 
 def load_optimizer(optimizer, saved):

@@ -99,7 +99,8 @@ def soft_nms(
     if decay not in ("gaussian", "linear", "hard"):
         raise ValueError(f"decay must be gaussian, linear or hard, got {decay!r}")
     # On a CPU, blocks of videos that stay in the cache: up to twice as fast.
-    at_once = max(1, 40_000 // max(K, 1)) if scores.device.type == "cpu" else max(B, 1)
+    width = max(segments.element_size(), scores.element_size(), 4)
+    at_once = max(1, 640_000 // max(K * width, 1)) if scores.device.type == "cpu" else max(B, 1)
     blocks = zip(*(x.split(at_once) for x in (segments, scores, valid)), strict=True)
     parts = [_nms(*block, min(top_k, K), decay, sigma, decay_above) for block in blocks]
     segments, scores, valid = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -115,12 +116,15 @@ def _nms(segments, scores, valid, k, decay, sigma, above):
     # At least tiny, so that two segments of zero length have tIoU 0.
     length = (end - start).clamp_(min=torch.finfo(dtype).tiny)
     remaining = scores.to(dtype).masked_fill(~valid, -torch.inf)
-    picked = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
-    kept = torch.zeros(len(scores), k, dtype=dtype, device=scores.device)
-    for n in range(k):
-        # i (B, 1): the first of equal scores.
-        kept[:, n : n + 1], i = remaining.max(1, keepdim=True)
-        picked[:, n : n + 1] = i
+    picked, kept = [valid[:, :0].long()], [remaining[:, :0]]
+    for _ in range(k):
+        # i (B, 1): the first of equal scores. On a CPU numpy finds it ten times as fast.
+        if remaining.device.type == "cpu":
+            i = torch.from_numpy(remaining.numpy().argmax(1))[:, None]
+        else:
+            i = remaining.argmax(1, keepdim=True)
+        picked.append(i)
+        kept.append(remaining.gather(1, i))
         best_start = start.gather(1, i)
         overlap = torch.minimum(end, end.gather(1, i)).sub_(torch.maximum(start, best_start))
         overlap.clamp_(min=0)
@@ -137,6 +141,7 @@ def _nms(segments, scores, valid, k, decay, sigma, above):
         # What is picked has no extent from now on: -inf is never multiplied by a factor of 0.
         remaining.scatter_(1, i, -torch.inf)
         end.scatter_(1, i, best_start)
+    picked, kept = torch.cat(picked, 1), torch.cat(kept, 1)
     return segments.gather(1, picked[..., None].expand(-1, -1, 2)), kept, kept > -torch.inf
 
 

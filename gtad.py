@@ -176,31 +176,89 @@ class Alignment:
         return others.index_copy(1, self.cells, z[:, :-1]).unflatten(1, self.shape)
 
 
-class _SparseLayer(torch.autograd.Function):
-    """Compute ReLU(alignment @ y + bias): (B, columns, H) -> (B, A, H).
+class _SnippetLayer(torch.autograd.Function):
+    """Apply a map's first convolution to snippets, by bin: (B, L, C) each -> (B, L * bins, wide).
 
-    The ReLU is inside because its gradient would be the largest tensor of the head once more.
+    The weights, as the product wants them, are made again for the backward pass, not kept.
     """
+
+    @staticmethod
+    def forward(ctx, weight, bins, *features):
+        ctx.bins = bins
+        ctx.save_for_backward(weight, *features)
+        y = features[0].new_empty(features[0].shape[:2].numel(), sum(bins), len(weight))
+        parts = _by_bin(weight, bins, y.dtype)
+        for x, part, out in zip(features, parts, y.split(bins, dim=1), strict=True):
+            torch.mm(x.flatten(0, 1), part.flatten(1), out=out.flatten(1))
+        return y.view(len(features[0]), -1, len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *features = ctx.saved_tensors
+        grads = grad.reshape(-1, sum(ctx.bins), len(weight)).split(ctx.bins, dim=1)
+        parts = _by_bin(weight, ctx.bins, grad.dtype)
+        grad_features = []
+        for x, part, rows in zip(features, parts, grads, strict=True):
+            grad_features.append((rows.flatten(1) @ part.flatten(1).t()).view(x.shape))
+            # The place of the weights, which have served, takes their gradient.
+            torch.mm(x.flatten(0, 1).t(), rows.flatten(1), out=part.flatten(1))
+        grad_weight = parts[0]._base.view(-1, len(weight)).t().to(weight.dtype)
+        return grad_weight.view(weight.shape), None, *grad_features
+
+
+def _by_bin(weight, bins, dtype):
+    """Return parts (C, bins, wide), views of one tensor, of a weight (wide, C * sum(bins), ...)."""
+    rows = weight.detach().flatten(1).t().to(dtype, memory_format=torch.contiguous_format)
+    return rows.contiguous().view(-1, sum(bins), len(weight)).split(bins, dim=1)
+
+
+class _SparseLayer(torch.autograd.Function):
+    """Compute alignment @ y + bias: (B, columns, H) -> (B, A, H). Nothing is kept for backward."""
 
     @staticmethod
     def forward(ctx, y, bias, alignment):
         ctx.transpose = alignment.transpose
         z = y.new_empty(len(y), len(alignment.sparse[1]), y.shape[2])
         for video, out in zip(y, z, strict=True):
-            _sparse_product(alignment.sparse, video, out).add_(bias).relu_()
-        ctx.save_for_backward(z)
+            _sparse_product(alignment.sparse, video, out).add_(bias)
         return z
 
     @staticmethod
     def backward(ctx, grad):
-        (z,) = ctx.saved_tensors
         grad_y = grad.new_empty(len(grad), len(ctx.transpose[1]), grad.shape[2])
         grad_bias = grad.new_zeros(grad.shape[2])
-        for part, output, out in zip(grad, z, grad_y, strict=True):
-            part = part * (output > 0)
+        for part, out in zip(grad, grad_y, strict=True):
             grad_bias += part.sum(dim=0)
             _sparse_product(ctx.transpose, part, out)
         return grad_y, grad_bias, None
+
+
+class _ReluLinear(torch.autograd.Function):
+    """Compute linear(ReLU(x)) of rows (N, C). x must be nobody else's: it becomes its ReLU.
+
+    That alone is kept, and in backward its gradient takes its place: rows of anchors are the
+    largest tensors of the head. So a second backward pass through it is an error.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x.relu_(), weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_weight = grad.t() @ x
+        for rows, out in zip(grad.split(4096), x.split(4096), strict=True):
+            off = out <= 0
+            torch.mm(rows, weight, out=out).masked_fill_(off, 0)
+        return x, grad_weight, grad.sum(dim=0)
+
+
+def relu_pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return pointwise(conv, x.relu_()) of rows (N, C) that nothing else needs."""
+    return _ReluLinear.apply(x, conv.weight.flatten(1).to(x), conv.bias.to(x))
 
 
 def _sparse_product(matrix, x, out):
@@ -237,21 +295,19 @@ def score_map(convs, features: Sequence[Tensor], alignment: Alignment) -> Tensor
     those of map_layers. The first is applied before the alignment: to each snippet, by bin.
     """
     first, second, third, fourth, last = convs
-    bins = alignment.bins
-    weight = first.weight.flatten(1).t().contiguous().unflatten(0, (-1, sum(bins)))
-    pairs = zip(features, weight.split(bins, dim=1), strict=True)  # (C, bins, wide)
-    y = torch.cat([x @ part.flatten(1) for x, part in pairs], dim=2)
-    y = y.unflatten(2, (sum(bins), -1)).flatten(1, 2)  # (B, L * bins, wide)
+    y = _SnippetLayer.apply(first.weight, alignment.bins, *features)  # (B, L * bins, wide)
+    B, dtype = len(y), y.dtype
     if alignment.dense is None:
-        z = _SparseLayer.apply(_full(y), _full(first.bias), alignment).to(y.dtype)
+        y = _SparseLayer.apply(_full(y), _full(first.bias), alignment).to(dtype)
     else:
-        z = (alignment.dense @ y).add_(first.bias).relu_()
-    z = pointwise(second, z).relu_()  # (B, A, narrow)
+        y = (alignment.dense @ y).add_(first.bias)
+    z = relu_pointwise(second, y.flatten(0, 1))  # (B * A, narrow)
     if third.kernel_size[0] == 1:  # on rows, which are fewer than cells
-        z = pointwise(fourth, pointwise(third, z).relu_()).relu_()
-        z = alignment.fill(confidence(last, z))
+        z = relu_pointwise(fourth, relu_pointwise(third, z))
+        z = relu_pointwise(last, _full(z)).sigmoid()  # as in `confidence`
+        z = alignment.fill(z.unflatten(0, (B, -1)))
     else:
-        z = alignment.fill(z).permute(0, 3, 1, 2)  # channels last in memory
+        z = alignment.fill(z.relu_().unflatten(0, (B, -1))).permute(0, 3, 1, 2)  # channels last
         z = fourth(third(z).relu_()).relu_()
         z = confidence(last, z.permute(0, 2, 3, 1))
     return z.permute(0, 3, 1, 2).contiguous()

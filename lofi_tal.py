@@ -38,6 +38,7 @@ def setup_distributed(cfg):
     if cfg.device != "cpu" and torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # inputs have few shapes, one a fidelity
     if "RANK" not in os.environ:
         return Distributed(0, 1, device, cfg.precision)
     # After a restart torchrun's store still holds the addresses of dead processes.

@@ -157,7 +157,9 @@ class TSM(nn.Module):
             raise ValueError(f"TSM got {tuple(frames.shape)}, expected (B, L, T, 3, H, W)")
         B, L, T = frames.shape[:3]
         x = frames.flatten(0, 2)  # (B * L * T, 3, H, W)
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        # One float copy of the frames, the largest tensor here, and that in its final layout.
+        x = x.to(self.mean.dtype, memory_format=torch.channels_last, copy=True)
+        x = x.sub_(self.mean).div_(self.std)
         x = self.pool(torch.relu_(self.bn1(self.conv1(x))))
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             if self.recompute and self.frozen_bn and torch.is_grad_enabled():

@@ -100,7 +100,7 @@ class VideoEncoder(nn.Module):
         if self.name == "mvit_v1_b" and (T, H, W) != (16, 224, 224):
             raise InputError(f"{size} 16 of 224 x 224: use mvit_v2_s")
         x = frames.flatten(0, 1).transpose(1, 2)  # (B * L, 3, T, H, W)
-        x = (x - self.mean) / self.std
+        x = (x - self.mean).div_(self.std)  # one float copy
         if self.name.startswith("mvit"):  # as in torchvision, but for frames of any size
             x = self.conv_proj(x)
             thw = tuple(x.shape[2:])

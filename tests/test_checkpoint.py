@@ -384,7 +384,14 @@ def test_the_optimizer_of_a_config_block(name):
     (group,) = optimizer.param_groups
     assert type(optimizer).__name__.lower() == name and group["weight_decay"] == 1e-3
     assert group["params"] == [model.weight] and group.get("momentum", 0.9) == 0.9
-    assert group["lr"] == 0.1
+    assert group["lr"] == 0.1 and not group["fused"]
+
+    class OnGPU(torch.nn.Parameter):
+        is_cuda = True
+
+    model.weight = OnGPU(model.weight.detach())
+    (group,) = checkpoint.build_optimizer(model, OPTIONS | {"optimizer": name}).param_groups
+    assert group["fused"]
 
 
 # ------------------------------------------------------------------------------------------- files

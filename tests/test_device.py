@@ -18,6 +18,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import checkpoint
 import localize
 import lofi_tal
 from localizer import Distributed
@@ -27,6 +28,9 @@ DEVICE = "pretend"
 # Of newer PyTorch, and said to be experimental.
 SETUP = "_setup_privateuseone_for_python_backend"
 COPIES = {"copy_", "_to_copy"}  # may cross
+# What makes the program wait for the device, as its result has a size or value that the CPU needs.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2"}
+waits = []  # the names of those since the last step of a training
 # Indices of a device's tensor may lie on the CPU.
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -50,6 +54,7 @@ class Elsewhere(torch.Tensor):
         return self.values.data_ptr()
 
     def tolist(self):
+        waits.append("tolist")
         return self.values.tolist()
 
     def numpy(self):
@@ -84,6 +89,20 @@ def check_devices(name, args, tensors):
         raise RuntimeError(f"{name} got tensors on two devices: {', '.join(places)}")
 
 
+def waits_for_device(name, args, tensors, there):
+    """Return whether an operation on a GPU's tensors ends only when the GPU has come so far.
+
+    there: whether its result is on the device.
+    """
+    if name in INDEXING:
+        masks = [x for x in tree_leaves(args[1]) if is_there(x)]
+        return any(x.dtype in (torch.bool, torch.uint8) for x in masks)
+    if name == "copy_":
+        return is_there(args[1]) and not is_there(args[0])
+    copied_back = name in COPIES and not there
+    return any(map(is_there, tensors)) and (name in WAITS or copied_back)
+
+
 def compute(func, args, kwargs):
     """Run an operation on the values behind its arguments; what it returns is where its arguments
     are, or where it is asked to be."""
@@ -96,6 +115,8 @@ def compute(func, args, kwargs):
     if kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]).type == DEVICE
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    if waits_for_device(name, args, tensors, there):
+        waits.append(name)
     if there and isinstance(kwargs.get("generator"), torch.Generator):
         raise RuntimeError(f"{name} got a generator of the CPU for a tensor on the device")
     args, kwargs = tree_map(values_of, (args, kwargs))
@@ -152,17 +173,40 @@ def check_the_device():
         with pytest.raises((RuntimeError, TypeError)):
             operation()
     assert (a[zero] + torch.tensor(1.0)).tolist() == [[2.0, 2.0, 2.0]]
-    assert a.cpu().device.type == "cpu"
+    waits.clear()
+    assert a.cpu().device.type == "cpu" and float(a[zero, 0]) == 1 and len(a[a > 0]) == 6
+    assert waits == ["_to_copy", "_local_scalar_dense", "index"]
+
+
+def count_waits(steps):
+    """Append to `steps` a line of each training step: its title, number and what waited in it."""
+    batches, end_step = checkpoint.Progress.batches, checkpoint.Progress.end_step
+
+    def counted_batches(self, loader):
+        for batch in batches(self, loader):
+            waits.clear()
+            yield batch
+
+    def counted_end(self, losses):
+        steps.append([self.title, self.step, *waits])
+        end_step(self, losses)
+
+    checkpoint.Progress.batches = counted_batches
+    checkpoint.Progress.end_step = counted_end
 
 
 def main(out, video, *argv):
     """Run lofi_tal.py with the arguments `argv` on the device; then localize a video with `out`."""
     set_up()
+    steps = []
+    count_waits(steps)
     with OnDevice():
         check_the_device()
         ddp = Distributed(0, 1, torch.device(DEVICE))
         lofi_tal.setup_distributed = lambda cfg: ddp
         lofi_tal.main(argv)
+        with open(f"{out}/waits.json", "w") as file:
+            json.dump(steps, file)
         with open(f"{out}/localized.json", "w") as file:
             json.dump(localize.localize(localize.load(out, DEVICE), video), file)
 
@@ -188,6 +232,12 @@ def test_no_stage_mixes_devices(tmp_path):
     lofi_tal.main(arguments(toy, outs[0], *overrides))  # at the same time
     assert process.wait() == 0, process.read(2)[-3000:]
     assert result_of(outs[1]) == result_of(outs[0])
+    with open(f"{outs[1]}/waits.json") as file:
+        steps = json.load(file)
+    titles = {title.partition(" ")[0] for title, *_ in steps}
+    assert titles == {"acp", "acp_plus_background", "lofi", "sola", "head"}
+    # Losses, gradient norm and flags come in one transfer; nothing else waits for the device.
+    assert [step for step in steps if step[2:] != ["tolist"]] == []
     expected = localize.localize(localize.load(outs[0]), video)
     with open(f"{outs[1]}/localized.json") as file:
         assert json.load(file) == expected

@@ -289,7 +289,7 @@ def test_nms_on_cuda_equals_cpu(options):
 
 def test_nms_batch_equals_single_and_keeps_inputs():
     # More than one block.
-    segments, scores, valid = random_proposals(0, 9, 9000, torch.float32)
+    segments, scores, valid = random_proposals(0, 9, 30000, torch.float32)
     before = (segments.clone(), scores.clone())
     together = ev.soft_nms(segments, scores, valid, top_k=7)
     assert torch.equal(segments, before[0])

@@ -142,6 +142,23 @@ def test_bfloat16_autocast(settings, L):
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
+@pytest.mark.parametrize("L", [8, 24])
+def test_gradients_of_large_maps_take_the_place_of_their_values(L):
+    """So what a step leaves of the map's rows is kept once, and a second backward is an error."""
+    head = small()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        map = head(torch.randn(2, 8, L))[2]
+    rows = 2 * (L * (L + 1) // 2 + 1)  # anchors of two videos, and what stands for other cells
+    assert sorted(x.shape[1] for x in saved if x.dim() == 2 and len(x) == rows) == [2, 8, 8, 8, 12]
+    wide = [x.data_ptr() for x in saved if x.numel() == rows * 12]
+    assert len(set(wide)) == 1
+    map = head(torch.randn(2, 8, L))[2]
+    map.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        map.sum().backward()
+
+
 def test_wrong_features_are_named():
     with pytest.raises(ValueError, match=r"\(2, 100, 8\), expected \(B, 8, L\)"):
         small()(torch.randn(2, 100, 8))

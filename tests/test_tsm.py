@@ -13,6 +13,20 @@ def random_frames(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
+def test_normalising_leaves_the_frames_and_their_bits():
+    encoder = TSM(width=8).eval()
+    frames = random_frames(1, 2, 2, 3, 32, 32).float()
+    before = frames.clone()
+    seen = []
+    encoder.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for given in (frames, frames.byte()):
+        encoder(given)
+    assert torch.equal(frames, before)
+    for x in seen:
+        assert torch.equal(x, (frames[0].flatten(0, 1) - encoder.mean) / encoder.std)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_shift_by_hand_on_three_frames_of_eight_channels():
     x = torch.arange(24, dtype=torch.float64).view(3, 8, 1, 1)  # frame t, channel c holds 8 t + c
     out = temporal_shift(x, 3).view(3, 8)
