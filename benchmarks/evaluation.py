@@ -205,9 +205,9 @@ def time_ours(data, results, args):
     subset = args.subset
     seconds = {}
     truth = ev._read_ground_truth(data, "ground truth", subset, [])
-    predicted = ev._read_predictions(results, "result", truth, subset, False, [])
+    predicted = ev._read_predictions({"results": results}, "result", truth, subset, False, [])
     match = timed(
-        lambda: ev._match_predictions(truth, predicted, ev.ACTIVITYNET_TIOU), args.repeats
+        lambda: ev._match_predictions(truth, predicted, ev.ACTIVITYNET_TIOU, True), args.repeats
     )
     seconds["arrays only (no parsing)"] = match[1]
     loaded = {"results": results}
