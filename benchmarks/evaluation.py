@@ -209,7 +209,7 @@ def time_ours(data, results, args):
     seconds = {}
     truth = ev._read_ground_truth(data, "ground truth", subset, [])
     loaded = {"results": results}
-    predicted, _ = ev._read_predictions(loaded, "result", truth, subset, False, [])
+    predicted = ev._read_predictions(loaded, "result", truth, subset, False, [])
     match = timed(
         lambda: ev._match_predictions(truth, predicted, ev.ACTIVITYNET_TIOU, True), args.repeats
     )

@@ -303,7 +303,6 @@ def test_wrong_arguments_are_one_line_each(messy, tmp_path):
         r"none\.json": ["--annotations", str(tmp_path / "none.json")],
         r"file cannot be read": [*annotations, "--durations", f"{tmp_path}/file"],
         r"none cannot be read": [*annotations, "--durations", f"{tmp_path}/none"],
-        r"--workers -1: expected 0": [*annotations, "--workers", "-1"],
         r"cannot be written": [*annotations, "--problems", f"{tmp_path}/file/list"],
     }
     for message, arguments in messages.items():

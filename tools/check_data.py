@@ -394,10 +394,8 @@ def main(argv=None):
     with config.one_line_errors("tools.check_data"):
         if not args.cfg and not args.annotations:
             raise InputError("name a config with --cfg, or a file with --annotations")
-        if args.workers < 0:
-            raise InputError(f"--workers {args.workers}: expected 0 or more")
         sources = find_sources(args)
-        problems, fatal = check(sources, args.workers)
+        problems, fatal = check(sources, max(args.workers, 0))
         path = args.problems or f"{os.path.splitext(sources.annotations)[0]}.problems.txt"
         write_problems(problems, path)
         print(f"{len(problems)} problem{'s' * (len(problems) != 1)}, listed in {path}")

@@ -116,17 +116,13 @@ def _row(name, metrics, columns):
 def table(rows):
     """Return rows of `compare` as a Markdown table, in percent."""
     columns = [key for key in rows[0] if key[0].isdigit()]
-    header = [TITLE, *(f"@{column}" for column in columns), "average"]
-    timed = any(row["seconds"] is not None for row in rows)
-    if timed:
-        header.append("seconds")
+    header = [TITLE, *(f"@{column}" for column in columns), "average", "seconds"]
     lines = []
     for row in rows:
         std = row["std"] or {}
         keys = (*columns, "average")
         line = [row["name"], *(_with_deviation(percent, row[k], std.get(k)) for k in keys)]
-        if timed:
-            line.append(_with_deviation(_seconds, row["seconds"], std.get("seconds")))
+        line.append(_with_deviation(_seconds, row["seconds"], std.get("seconds")))
         evaluated = f"{row['evaluated_videos']} of {row['ground_truth_videos']}"
         lines.append([*line, row["seeds"], evaluated, row["class_source"]])
     return markdown_table([*header, "seeds", "evaluated", "classes from"], lines)

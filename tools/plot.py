@@ -385,8 +385,6 @@ def _draw_curves(axes, records, keys, is_losses):
         marker = {"marker": "o", "markersize": 2.5} if len(values) < 40 else {}
         colour = COLOURS[i % len(COLOURS)] if is_losses else DARK
         axes.plot(epochs, values, color=colour, **line, **marker)
-    if keys == ["lr"] and finite:
-        axes.set_ylim(0, 1.05 * max(finite) or 1)
     # Terms of very different sizes.
     if is_losses and finite and 0 < 20 * min(finite) < max(finite):
         axes.set_yscale("log")
