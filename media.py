@@ -317,8 +317,9 @@ class FrameZip(JpegFrames):
         length = int.from_bytes(header[18:22], "little")
         info = json.loads(self.file.read(min(length, MAX_BYTES)))
         if "bytes" in info:
-            self.short_sides = positive(*info["short_sides"])
-            self.sizes, sizes = info["bytes"], np.array(info["bytes"])
+            positive(*info["short_sides"])
+            self.short_sides, self.sizes = info["short_sides"], info["bytes"]
+            sizes = np.array(self.sizes)
             shape = (len(self.short_sides), len(info["frames"]))
             whole = sizes.dtype.kind == "i" and sizes.shape == shape
             if not whole or sizes.min() < 1 or sizes.max() > MAX_BYTES:

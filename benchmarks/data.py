@@ -1,7 +1,9 @@
-"""Measure loading: samples from prepared frames against the public habits, and many annotations.
+"""Measure loading and disk: samples from prepared frames against the public habits, what settings
+of prepare_data cost, and many annotations.
 
-    python -m benchmarks.data frames --video VIDEO.mp4   needs FFmpeg's command, and Pillow
-    python -m benchmarks.data annotations [--videos 1000000]
+    python -m benchmarks.data frames --video VIDEO.mp4       needs FFmpeg's command, and Pillow
+    python -m benchmarks.data disk --videos FOLDER [FOLDER]  needs FFmpeg's command
+    python -m benchmarks.data annotations [--count 1000000]
 
 frames: one video, repeated up to --seconds, is prepared as tools.prepare_data does. Then samples of
 the four fidelities (LoFi's ActivityNet sizes) are loaded as training does, in one thread, from:
@@ -11,10 +13,15 @@ the four fidelities (LoFi's ActivityNet sizes) are loaded as training does, in o
     PIL folder          JPEG files of the same frames, opened, cropped and resized with Pillow
 Medians over --repeats random views; file caches are warm. Time is CPU time, which other programs
 disturb less. JPEG share: of it within torchcodec's JPEG decoder.
+disk: --most videos of each folder, repeated up to --seconds, are prepared at every quality with
+every set of smaller copies: megabytes, CPU milliseconds of a sample, and the difference of the TSM
+features of --snippets snippets (central crops) to those of the same frames without JPEG, mean and
+largest, relative to the deviation of all those features; weights: --encoder, else random.
 annotations: seconds and peak memory of reading a JSON of so many videos.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -31,11 +38,15 @@ import torch
 import checkpoint
 import data
 import media
-from tools.prepare_data import prepare
+from tools.prepare_data import prepare, shrink
+from tsm import TSM, load_state, load_weights
 
 VIDEO = {"snippets": 100, "frames_per_snippet": 8, "stride": 8, "size": 224, "crop": 0.875}
 FULL = data.Fidelity("full", 100, 224)
 FIDELITIES = data.fidelities(FULL, {"S": [100, 112], "T": [25, 224], "ST": [50, 158]})
+QUALITIES = (70, 80, 90, 100)
+ENCODED = ("full", "S", "ST")  # T reads the frames of full
+COPIES = ((), (128,), (181,), (181, 128))
 
 
 class PilFolder:
@@ -125,8 +136,7 @@ def write_jpegs(zip_path, num_frames, folder):
 def measure_frames(args):
     with tempfile.TemporaryDirectory() as folder:
         long = f"{folder}/v.mp4"
-        cut = ["-stream_loop", "-1", "-i", args.video, "-t", str(args.seconds), "-an", "-c", "copy"]
-        subprocess.run(["ffmpeg", "-v", "error", *cut, long], check=True)
+        repeat_video(args.video, args.seconds, long)
         source = media.open_media(long)
         print(f"video: {source.duration:.1f} s, {os.path.getsize(long) / 1e6:.1f} MB")
         settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
@@ -160,13 +170,138 @@ def measure_frames(args):
                 print("| " + " | ".join(cells) + " |")
 
 
+class Lossless:
+    """A video as its decoded frames, shrunk as prepare_data does, without JPEG."""
+
+    def __init__(self, path, numbers):
+        decoded = media.open_media(path).decode(numbers, 256)
+        self.frames = {number: shrink(frame, 256) for number, frame in decoded}
+
+    def read(self, numbers, short_side=None, view=None):
+        frames = (self.frames[number] for number in numbers.tolist())
+        return media.stack_frames(frames, np.arange(len(numbers)), view)
+
+
+def repeat_video(path, seconds, target):
+    cut = ["-stream_loop", "-1", "-i", path, "-t", str(seconds), "-an", "-c", "copy"]
+    subprocess.run(["ffmpeg", "-v", "error", *cut, target], check=True)
+
+
+def build_encoder(path):
+    """Return the TSM of an encoder file, or one of random weights."""
+    torch.manual_seed(0)
+    if path is None:
+        return TSM(frozen_bn=True).eval()
+    told = load_state(path)["encoder"]
+    encoder = TSM(**{key: told[key] for key in ("depth", "width", "shift_div", "maxpool")})
+    return load_weights(encoder, path).eval()
+
+
+@torch.no_grad()
+def encode(encoder, source, numbers, size):
+    """Return the features of snippets, numbers (L, T): (L, C)."""
+    frames = data.read_view(source, numbers.flatten().numpy(), size, VIDEO["crop"])
+    return encoder(frames.unflatten(0, (1, *numbers.shape)))[0].t()
+
+
+def side_read(copies, fidelity):
+    """Return the short side of the copy that a fidelity is read from."""
+    return min(s for s in (256, *copies) if s > fidelity.size / VIDEO["crop"] - 0.5)
+
+
+class DiskTable:
+    """Sizes, times and features of videos at each quality with each set of copies."""
+
+    def __init__(self, args):
+        self.args = args
+        self.encoder = build_encoder(args.encoder)
+        self.seconds = []  # of each video
+        self.sizes = {}  # bytes of each video, by (quality, copies)
+        self.times = {}  # seconds of each load, by (quality, copies, fidelity)
+        self.features = {}  # of each video, by (quality, short side read, fidelity); lossless: None
+
+    def add(self, path, folder):
+        """Measure a video, in a folder for its files."""
+        long = f"{folder}/v{os.path.splitext(path)[1]}"
+        repeat_video(path, self.args.seconds, long)
+        source = media.open_media(long)
+        self.seconds.append(source.duration)
+        numbers = media.snippet_frames(source.num_frames, FULL.snippets, 8, 8)
+        rows = {}
+        for name in ENCODED:
+            part = data.snippet_rows(FULL.snippets, FIDELITIES[name].snippets)
+            rows[name] = numbers[part[data.snippet_rows(len(part), self.args.snippets)]]
+        lossless = Lossless(long, np.unique(torch.cat(list(rows.values()))))
+        self._encode(lossless, None, (), rows)
+        settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "rate": None}
+        loads = {}
+        for quality, copies in itertools.product(QUALITIES, COPIES):
+            out = f"{folder}/{quality}-{len(loads)}"
+            prepare({"v": long}, out, {**settings, "quality": quality, "copies": list(copies)}, 0)
+            size = os.path.getsize(f"{out}/v.zip")
+            self.sizes.setdefault((quality, copies), []).append(size)
+            self._encode(media.open_media(f"{out}/v.zip"), quality, copies, rows)
+            loads[quality, copies] = loader(f"{out}/v.zip", source.duration)
+        # The settings in turn, so that what else the machine does falls on all of them.
+        for seed, name in itertools.product(range(self.args.repeats), FIDELITIES):
+            for key, load in loads.items():
+                started = time.process_time()
+                load(FIDELITIES[name], seed)
+                elapsed = time.process_time() - started
+                self.times.setdefault((*key, name), []).append(elapsed)
+
+    def _encode(self, source, quality, copies, rows):
+        for name, numbers in rows.items():
+            found = self.features.setdefault((quality, self._side(copies, name), name), [])
+            if len(found) < len(self.seconds):
+                found.append(encode(self.encoder, source, numbers, FIDELITIES[name].size))
+
+    def _side(self, copies, name):
+        return side_read(copies, FIDELITIES[name])
+
+    def difference(self, quality, copies, name):
+        """Return mean and largest difference of features to lossless ones, by their deviation."""
+        lossless = torch.cat(self.features[None, 256, name])
+        deviation = (lossless - lossless.mean(0)).square().mean().sqrt()
+        features = torch.cat(self.features[quality, self._side(copies, name), name])
+        difference = (features - lossless).abs() / deviation
+        return difference.mean().item(), difference.max().item()
+
+    def print(self):
+        names = " | ".join(f"{name}, ms" for name in FIDELITIES)
+        names += "".join(f" | {name}: difference" for name in ENCODED)
+        print(f"\n| quality | copies | MB a video | GB an hour | {names} |")
+        print("|--:|---|--:|--:|" + "--:|" * 7)
+        for key, sizes in self.sizes.items():
+            quality, copies = key
+            size = sum(sizes) / len(sizes)
+            hour = 3600 * sum(sizes) / sum(self.seconds)
+            times = [statistics.median(self.times[(*key, name)]) for name in FIDELITIES]
+            pairs = [self.difference(*key, name) for name in ENCODED]
+            cells = [quality, " and ".join(map(str, copies)) or "none"]
+            cells += [f"{size / 1e6:.1f}", f"{hour / 1e9:.2f}", *(f"{1e3 * t:.0f}" for t in times)]
+            cells += [f"{mean:.3f}, {largest:.2f}" for mean, largest in pairs]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def measure_disk(args):
+    table = DiskTable(args)
+    for folder in args.videos:
+        paths = list(media.find_media(folder, prepared=False).values())
+        for i in data.snippet_rows(len(paths), min(args.most, len(paths))).tolist():
+            with tempfile.TemporaryDirectory() as out:
+                table.add(paths[i], out)
+            print(f"{paths[i]}: {table.seconds[-1]:.1f} s", flush=True)
+    table.print()
+
+
 def measure_annotations(args):
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/annotations.json"
         with open(path, "w") as file:
             file.write('{"database": {')
-            for i in range(args.videos):
+            for i in range(args.count):
                 duration = rng.uniform(10, 240)
                 segments = np.sort(rng.uniform(0, duration, (rng.integers(1, 4), 2)), 1).tolist()
                 annotations = [{"segment": s, "label": f"class {i % 200}"} for s in segments]
@@ -177,26 +312,28 @@ def measure_annotations(args):
         data.load_annotations(path)
         peak = checkpoint.peak_memory_gb(torch.device("cpu"))
         print(
-            f"{args.videos:,} videos read in {time.monotonic() - started:.1f} s, peak {peak:.2f} GB"
+            f"{args.count:,} videos read in {time.monotonic() - started:.1f} s, peak {peak:.2f} GB"
         )
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["frames", "annotations"])
+    parser.add_argument("what", choices=["frames", "disk", "annotations"])
     parser.add_argument("--video", help="a video file, for frames")
     parser.add_argument("--seconds", type=float, default=117, help="117: the mean of ActivityNet")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-pil", action="store_true", help="leave Pillow out")
-    parser.add_argument("--videos", type=int, default=1_000_000)
+    parser.add_argument("--videos", nargs="+", help="folders of video files, for disk")
+    parser.add_argument("--most", type=int, default=3, help="videos of each folder, for disk")
+    parser.add_argument("--snippets", type=int, default=8, help="that are encoded, for disk")
+    parser.add_argument("--encoder", help="encoder.pt of a run, for disk; default: random weights")
+    parser.add_argument("--count", type=int, default=1_000_000, help="videos, for annotations")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, 1 thread, torch {torch.__version__}")
-    if args.what == "annotations":
-        measure_annotations(args)
-    else:
-        measure_frames(args)
+    measure = {"frames": measure_frames, "disk": measure_disk, "annotations": measure_annotations}
+    measure[args.what](args)
 
 
 if __name__ == "__main__":
