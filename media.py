@@ -1,11 +1,9 @@
 """Read frames by number from prepared ZIPs, folders of JPEG files, video files and still images.
 
-    FOLDER/VIDEO.zip            JPEG frames 000000.jpg ... by frame number, stored, not deflated;
-                                smaller copies of them in 181/ and 128/; and video.json: {"fps",
-                                "num_frames", "duration_sec", "frames": [their numbers]}, which is
-                                enough, and from tools.prepare_data also "times_sec" of the frames,
-                                "note": what was wrong with the source or null, "prepared":
-                                settings, "short_sides": [256, 181, 128] and "bytes" of the JPEGs
+    FOLDER/VIDEO.zip            JPEG frames 000000.jpg ... by frame number, stored, not deflated,
+                                and video.json: {"fps", "num_frames", "duration_sec", "frames":
+                                [their numbers]}; tools.prepare_data adds smaller copies in 181/ and
+                                128/, and what docs/data_formats.md lists
     FOLDER/VIDEO/img_00001.jpg  all frames, or every n-th; a video.json may tell fps, duration_sec
     FOLDER/VIDEO.mp4 ...        whatever FFmpeg decodes, through torchcodec
     IMAGE.jpg                   a video of one frame
@@ -253,11 +251,10 @@ def open_folder(path):
         if match := re.fullmatch(r"(.*?)(\d+)\.jpe?g", entry.name, re.IGNORECASE):
             found.setdefault(match[1], {})[int(match[2])] = f"{path}/{entry.name}"
     # Optical flow may lie beside the frames: flow_x_00001.jpg.
-    prefixes = [p for p in ("img_", "image_") if p in found][:1] or sorted(found)
-    if len(prefixes) != 1:
-        kinds = f"frames of several kinds, {prefixes}" if prefixes else "no frames"
-        raise InputError(f"{path} holds {kinds}: expected files img_00001.jpg ...")
-    files = found[prefixes[0]]
+    files = found.get("img_") or found.get("image_") or next(iter(found.values()), {})
+    if not files or (len(found) > 1 and not {"img_", "image_"} & found.keys()):
+        kinds = f"holds frames of {len(found)} kinds, {sorted(found)}"
+        raise InputError(f"{path} {kinds}: expected files img_00001.jpg ...")
     first = min(files)
     times = ()
     if os.path.exists(f"{path}/video.json"):
@@ -541,16 +538,12 @@ def scan_video(path):
         stream = demuxer.streams[0]
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
-        text, copy = _reason(error), f"-c copy {os.path.splitext(path)[0]}-remuxed.mkv"
-        problem = f"is not a valid video ({text}); download it again"
-        if "No valid video stream" in text:
-            problem = "has no video stream"
-        if "support seeking" in text:
-            problem = f"cannot be sought in (cut off?): ffmpeg -i {path} {copy} makes one that can"
-        if isinstance(error, ImportError) or "libtorchcodec" in text:
-            needed = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
-            problem = f"cannot be read: video files need {needed}"
-        raise InputError(f"{path} {problem}") from None
+        reason = _reason(error)
+        if isinstance(error, ImportError) or "libtorchcodec" in reason:
+            raise InputError(f"{path}: video files need FFmpeg: apt-get install ffmpeg") from None
+        advice = f"or try ffmpeg -i {path} -c copy {os.path.splitext(path)[0]}-remuxed.mkv"
+        problem = f"is not a valid video ({reason}): download it again"
+        raise InputError(f"{path} {problem}, {advice}") from None
     if not len(scan):
         raise InputError(f"{path} has a video stream without frames; download it again")
     return scan, stream.metadata, demuxer.metadata

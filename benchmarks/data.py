@@ -2,6 +2,7 @@
 of prepare_data cost, and many annotations.
 
     python -m benchmarks.data frames --video VIDEO.mp4       needs FFmpeg's command, and Pillow
+    python -m benchmarks.data parts --video VIDEO.mp4        needs FFmpeg's command
     python -m benchmarks.data disk --videos FOLDER [FOLDER]  needs FFmpeg's command
     python -m benchmarks.data annotations [--count 1000000]
 
@@ -13,6 +14,8 @@ the four fidelities (LoFi's ActivityNet sizes) are loaded as training does, in o
     PIL folder          JPEG files of the same frames, opened, cropped and resized with Pillow
 Medians over --repeats random views; file caches are warm. Time is CPU time, which other programs
 disturb less. JPEG share: of it within torchcodec's JPEG decoder.
+parts: where the time of such a sample from a prepared ZIP goes, each step timed alone; flipping
+falls on half of the samples, collating on batches of more than one video.
 disk: --most videos of each folder, repeated up to --seconds, are prepared at every quality with
 every set of smaller copies: megabytes, CPU milliseconds of a sample, and the difference of the TSM
 features of --snippets snippets (central crops) to those of the same frames without JPEG, mean and
@@ -170,6 +173,66 @@ def measure_frames(args):
                 print("| " + " | ".join(cells) + " |")
 
 
+def side_read(copies, fidelity):
+    """Return the short side of the copy that a fidelity is read from."""
+    return min(s for s in (256, *copies) if s > fidelity.size / VIDEO["crop"] - 0.5)
+
+
+def microseconds(step, count):
+    """Return the median CPU time of step(i), of several runs over i < count."""
+    runs = []
+    for _ in range(7):
+        started = time.process_time()
+        for i in range(count):
+            step(i)
+        runs.append((time.process_time() - started) / count * 1e6)
+    return statistics.median(runs)
+
+
+def sample_parts(path, fidelity):
+    """Return milliseconds of the steps of a sample, by name."""
+    source = media.FrameZip(path)
+    numbers = media.snippet_frames(source.num_frames, FULL.snippets, 8, 8)
+    numbers = numbers[data.snippet_rows(FULL.snippets, fidelity.snippets)].flatten().numpy()
+    side = side_read(source.short_sides[1:], fidelity)
+    copy = source.short_sides.index(side)
+    count = min(len(source.kept), 200)
+    files = [source._jpeg(k, copy) for k in range(count)]
+    tensors = [torch.frombuffer(file, dtype=torch.uint8) for file in files]
+    frames = [media.decode_jpeg(x) for x in tensors]
+    arrays = [frame.numpy().transpose(1, 2, 0) for frame in frames]
+    stacked = np.zeros((count, fidelity.size, fidelity.size, 3), np.uint8)
+
+    def crop(i, flip=False):
+        stacked[i] = data.crop_resize(arrays[i], fidelity.size, VIDEO["crop"], (0.3, 0.6), flip)
+
+    cropped = microseconds(crop, count)
+    steps = {
+        "decoding": microseconds(lambda i: media.decode_jpeg(tensors[i]), count),
+        "reading": microseconds(lambda i: source._jpeg(i, copy), count),
+        "checking the header": microseconds(lambda i: media.num_pixels(files[i]), count),
+        "cropping, copying": cropped,
+        "flipping": microseconds(lambda i: crop(i, True), count) - cropped,
+    }
+    distinct = len(np.unique(media.nearest(source.kept, numbers)))
+    parts = {name: seconds * distinct / 1e3 for name, seconds in steps.items()}
+    parts["opening"] = microseconds(lambda i: media.FrameZip(path), 5) / 1e3
+    sample = {"frames": torch.zeros(1, len(numbers), fidelity.size, fidelity.size, 3).byte()}
+    sample["frames"] = sample["frames"].movedim(-1, 2)
+    return parts | {"collating": microseconds(lambda i: data.collate([sample] * 4), 1) / 4e3}
+
+
+def measure_parts(args):
+    with tempfile.TemporaryDirectory() as folder:
+        repeat_video(args.video, args.seconds, f"{folder}/v.mp4")
+        settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
+        prepare({"v": f"{folder}/v.mp4"}, folder, {**settings, "copies": [181, 128]}, 0)
+        rows = {name: sample_parts(f"{folder}/v.zip", f) for name, f in FIDELITIES.items()}
+    print("\n| ms | " + " | ".join(rows["full"]) + " |\n|---|" + "--:|" * len(rows["full"]))
+    for name, parts in rows.items():
+        print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in parts.values()) + " |")
+
+
 class Lossless:
     """A video as its decoded frames, shrunk as prepare_data does, without JPEG."""
 
@@ -202,11 +265,6 @@ def encode(encoder, source, numbers, size):
     """Return the features of snippets, numbers (L, T): (L, C)."""
     frames = data.read_view(source, numbers.flatten().numpy(), size, VIDEO["crop"])
     return encoder(frames.unflatten(0, (1, *numbers.shape)))[0].t()
-
-
-def side_read(copies, fidelity):
-    """Return the short side of the copy that a fidelity is read from."""
-    return min(s for s in (256, *copies) if s > fidelity.size / VIDEO["crop"] - 0.5)
 
 
 class DiskTable:
@@ -291,8 +349,8 @@ def measure_disk(args):
         for i in data.snippet_rows(len(paths), min(args.most, len(paths))).tolist():
             with tempfile.TemporaryDirectory() as out:
                 table.add(paths[i], out)
-            print(f"{paths[i]}: {table.seconds[-1]:.1f} s", flush=True)
-    table.print()
+            print(f"\n{paths[i]}: {table.seconds[-1]:.1f} s; up to here:", flush=True)
+            table.print()
 
 
 def measure_annotations(args):
@@ -319,8 +377,8 @@ def measure_annotations(args):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["frames", "disk", "annotations"])
-    parser.add_argument("--video", help="a video file, for frames")
+    parser.add_argument("what", choices=["frames", "parts", "disk", "annotations"])
+    parser.add_argument("--video", help="a video file, for frames and parts")
     parser.add_argument("--seconds", type=float, default=117, help="117: the mean of ActivityNet")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-pil", action="store_true", help="leave Pillow out")
@@ -332,8 +390,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, 1 thread, torch {torch.__version__}")
-    measure = {"frames": measure_frames, "disk": measure_disk, "annotations": measure_annotations}
-    measure[args.what](args)
+    globals()[f"measure_{args.what}"](args)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ def test_what_is_not_a_video_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.mp4").write_text("no video " * 100)
     (tmp_path / "empty.mp4").touch()
     reasons = {
-        "sound.wav": "has no video stream$",
-        "text.mp4": "is not a valid video .*; download it again$",
+        "sound.wav": r"is not a valid video \(No valid video stream",
+        "text.mp4": "is not a valid video .*: download it again, or try ",
         "empty.mp4": "is not a valid video",
         "none.mp4": "",
     }
@@ -196,7 +196,7 @@ def test_real_videos(name, frames, duration, height, width):
 
 @needs_ffmpeg
 def test_a_real_file_without_pictures_is_refused():
-    with pytest.raises(InputError, match=r"audio_only.wav has no video stream"):
+    with pytest.raises(InputError, match=r"audio_only.wav is not a valid video \(No valid video"):
         media.open_media(shared("audio_only.wav"))
 
 
@@ -378,11 +378,13 @@ def test_folders_of_frames_load(tmp_path):
 
 
 def test_a_folder_without_frames_or_with_several_kinds_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"holds no frames: expected files img_00001.jpg"):
+    with pytest.raises(
+        InputError, match=r"holds frames of 0 kinds, \[\]: expected files img_00001.jpg"
+    ):
         media.open_media(tmp_path)
     for name in ("left_1.jpg", "right_1.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
-    with pytest.raises(InputError, match=r"several kinds, \['left_', 'right_'\]"):
+    with pytest.raises(InputError, match=r"2 kinds, \['left_', 'right_'\]"):
         media.open_media(tmp_path)
 
 
@@ -599,9 +601,11 @@ def test_a_codec_without_a_decoder_is_named(tmp_path):
 @needs_ffmpeg
 def test_a_video_that_cannot_be_sought_in_says_how_to_remux_it(tmp_path):
     write_video(f"{tmp_path}/v.flv", "flv", 0, "aac", 1, 0.3)
-    with pytest.raises(InputError, match=r"v.flv cannot be sought in \(cut off\?\)") as refused:
+    with pytest.raises(
+        InputError, match=r"v.flv is not a valid video .*support seeking"
+    ) as refused:
         media.open_media(f"{tmp_path}/v.flv")
-    command = str(refused.value).partition(": ")[2].partition(" makes")[0]
+    command = str(refused.value).partition("or try ")[2]
     subprocess.run([*command.split(), "-v", "error"], check=True)
     assert media.open_media(f"{tmp_path}/v-remuxed.mkv").duration == pytest.approx(2.3, abs=0.1)
 
