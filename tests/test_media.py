@@ -270,6 +270,25 @@ def test_a_prepared_zip_has_frames_by_number(frame_zip):
     assert "archive" not in vars(video)
 
 
+def test_memory_of_frames_is_taken_again_only_when_nobody_holds_them(frame_zip):
+    video = media.open_media(frame_zip)
+    held = [video.read([number] * 8) for number in (3, 7, 8, 3)]
+    assert len({frames.data_ptr() for frames in held}) == 4
+    # What is made of them holds their memory, too.
+    part, array = held[2][5:, :1].permute(1, 0, 2, 3), held[3].numpy()[2:]
+    held = held[:2]
+    others = [video.read([1_000_000] * 8) for _ in range(3)]
+    values = [frames.float().mean().item() for frames in (*held, part, torch.from_numpy(array))]
+    assert values == pytest.approx([20, 70, 120, 20], abs=2)
+    del part, array, others
+    again = [video.read([7] * 4) for _ in range(2)]
+    assert again[0].shape == (4, 3, 32, 48) and abs(grey(again[0]) - 70).max() < 2
+    del again
+    memories = [id(memory) for memory, _ in media._spare]
+    assert all(abs(grey(video.read([8] * 4)) - 120).max() < 2 for _ in range(3))
+    assert sorted(id(memory) for memory, _ in media._spare) == sorted(memories)
+
+
 def test_the_smallest_copy_that_is_large_enough_is_read(frame_zip):
     video = media.open_media(frame_zip)
     heights = {None: 32, 40: 32, 17: 32, 16.4: 16, 16: 16, 9: 16, 8: 8, 2: 8}
