@@ -497,8 +497,9 @@ def crop_resize(frame, size, ratio, corner=(0.5, 0.5), flip=False):
     """Crop a square of `ratio` times the short side of a frame (H, W, 3) uint8 and resize it:
     (size, size, 3). corner: where it lies, (y, x) in [0, 1]; (0.5, 0.5): central."""
     # Slices of arrays cost a third of tensors', and a sample has 800 frames.
-    side = round(min(frame.shape[:2]) * ratio)
-    y, x = (round(c * (n - side)) for c, n in zip(corner, frame.shape[:2], strict=True))
+    height, width = frame.shape[:2]
+    side = round(min(height, width) * ratio)
+    y, x = round(corner[0] * (height - side)), round(corner[1] * (width - side))
     frame = frame[y : y + side, x : x + side]
     if side != size:
         frame = torch.from_numpy(frame).permute(2, 0, 1)[None]

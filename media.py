@@ -1,11 +1,9 @@
 """Read frames by number from prepared ZIPs, folders of JPEG files, video files and still images.
 
-    FOLDER/VIDEO.zip            JPEG frames 000000.jpg ... by frame number, stored, not deflated;
-                                smaller copies of them in 181/ and 128/; and video.json: {"fps",
-                                "num_frames", "duration_sec", "frames": [their numbers]}, which is
-                                enough, and from tools.prepare_data also "times_sec" of the frames,
-                                "note": what was wrong with the source or null, "prepared":
-                                settings, "short_sides": [256, 181, 128] and "bytes" of the JPEGs
+    FOLDER/VIDEO.zip            JPEG frames 000000.jpg ... by frame number, stored, not deflated,
+                                and video.json: {"fps", "num_frames", "duration_sec", "frames":
+                                [their numbers]}; tools.prepare_data adds smaller copies in 181/ and
+                                128/, and what docs/data_formats.md lists
     FOLDER/VIDEO/img_00001.jpg  all frames, or every n-th; a video.json may tell fps, duration_sec
     FOLDER/VIDEO.mp4 ...        whatever FFmpeg decodes, through torchcodec
     IMAGE.jpg                   a video of one frame
@@ -21,9 +19,11 @@ Legend: L snippets, T frames a snippet, F frames. This file imports nothing of t
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import unicodedata
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchcodec.decoders import AudioDecoder, VideoDecoder, decode_jpeg
+from torchcodec.decoders import AudioDecoder, ColorConverter, Demuxer, VideoDecoder, decode_jpeg
 from torchcodec.transforms import Resize
 
 MIN_COVERAGE = 0.9  # a video of which less decodes is refused
@@ -140,6 +140,22 @@ def nearest(kept: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers - kept[before] < kept[after] - numbers, before, after)
 
 
+# The memory of the last two results, each with a weak reference to the array that was given of it.
+_spare = []
+
+
+def spare_array(shape):
+    """Return an array of undefined bytes, in the memory of an earlier one that is gone, or in new:
+    for the kernel to hand out and clear new memory takes up to a tenth of decoding into it."""
+    size = math.prod(shape)
+    fits = [k for k, (memory, user) in enumerate(_spare) if user() is None and memory.size >= size]
+    memory = _spare.pop(fits[0])[0] if fits else np.empty(size, np.uint8)
+    array = memory[:size].reshape(shape)
+    _spare.append((memory, weakref.ref(array)))
+    del _spare[:-2]
+    return array
+
+
 def stack_frames(frames, places, view=None, path=""):
     """Stack frames that come one by one, (3, H, W): the k-th wherever the F `places` are k.
 
@@ -152,10 +168,10 @@ def stack_frames(frames, places, view=None, path=""):
     stacked = None
     for k, frame in enumerate(frames):
         # numpy's slices and copies cost a third of torch's, and a video has 800 frames.
-        frame = frame.permute(1, 2, 0).numpy()
+        frame = frame.numpy().transpose(1, 2, 0)
         frame = view(frame) if view else frame
         if stacked is None:
-            stacked = np.empty((len(places), *frame.shape), np.uint8)
+            stacked = spare_array((len(places), *frame.shape))
         if frame.shape != stacked.shape[1:]:
             raise InputError(f"{path} has frames of sizes {frame.shape} and {stacked.shape[1:]}")
         for row in rows[k]:
@@ -163,24 +179,22 @@ def stack_frames(frames, places, view=None, path=""):
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
-def num_pixels(jpeg: Tensor) -> int:
-    """Return how many pixels the header of a JPEG image, (bytes,) uint8, tells; 0 without one."""
-    x = memoryview(jpeg.numpy())
+def num_pixels(jpeg) -> int:
+    """Return how many pixels the header of a JPEG image tells, 0 without one."""
     at = 2
-    while at + 9 <= len(x) and x[at] == 0xFF:
+    while at + 9 <= len(jpeg) and jpeg[at] == 0xFF:
         # The frame header, among those of tables: its height and width.
-        if 0xC0 <= x[at + 1] <= 0xCF and x[at + 1] not in (0xC4, 0xC8, 0xCC):
-            height, width = x[at + 5 : at + 7], x[at + 7 : at + 9]
+        if 0xC0 <= jpeg[at + 1] <= 0xCF and jpeg[at + 1] not in (0xC4, 0xC8, 0xCC):
+            height, width = jpeg[at + 5 : at + 7], jpeg[at + 7 : at + 9]
             return int.from_bytes(height, "big") * int.from_bytes(width, "big")
-        at += 2 + int.from_bytes(x[at + 2 : at + 4], "big")
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     return 0
 
 
-def positive(info, *keys):
-    """Return these values of a video.json. Raises ValueError unless they are numbers above 0."""
-    values = [info[key] for key in keys]
+def positive(*values):
+    """Return values of a video.json. Raises ValueError unless they are numbers above 0."""
     if not all(isinstance(x, (int, float)) and 0 < x < 2**53 for x in values):
-        raise ValueError(f"expected numbers above 0 as {', '.join(keys)}, got {values}")
+        raise ValueError(f"expected numbers above 0, got {values}")
     return values
 
 
@@ -188,10 +202,11 @@ class JpegFrames:
     """A video as JPEG files {frame number: path}. kept: their numbers, ascending (K,)."""
 
     note = None
+    short_sides = (None,)
 
     def __init__(self, path, files, fps=None, duration=None):
         self.path = path
-        self.files = files
+        self.names = [files[number] for number in sorted(files)]
         self.kept = np.array(sorted(files))
         self.num_frames = int(self.kept[-1]) + 1
         self.fps = fps
@@ -200,12 +215,14 @@ class JpegFrames:
     def read(self, numbers, short_side: float | None = None, view=None) -> Tensor:
         """Read frames by number, each replaced by the nearest one kept: (F, 3, H, W) uint8.
 
-        short_side: as many pixels are enough; a prepared ZIP then takes the smallest of its copies
-        that have them. view: see stack_frames.
+        short_side: as many pixels are enough, rounded; a prepared ZIP then takes the smallest of
+        its copies that have them. view: see stack_frames.
         """
+        least = short_side - 0.5 if short_side else math.inf
+        copy = max((c for c, side in enumerate(self.short_sides) if c and side > least), default=0)
         # Clamped snippets ask for a frame several times: each is decoded once.
         kept, places = np.unique(nearest(self.kept, np.asarray(numbers)), return_inverse=True)
-        frames = (self._decode(number, short_side) for number in self.kept[kept].tolist())
+        frames = (self._decode(k, copy) for k in kept.tolist())
         return stack_frames(frames, places, view, self.path)
 
     def decode(self, numbers, short_side: float | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -213,18 +230,20 @@ class JpegFrames:
         for number in np.unique(numbers).tolist():
             yield number, self.read([number], short_side)[0]
 
-    def _decode(self, number, short_side):
+    def _decode(self, k, copy):
+        """Return the k-th frame kept, of the copy-th size."""
         try:
-            jpeg = self._jpeg(number, short_side)
+            jpeg = self._jpeg(k, copy)
             if len(jpeg) > MAX_BYTES or num_pixels(jpeg) > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_BYTES} bytes or {MAX_PIXELS} pixels")
-            return decode_jpeg(jpeg)
+            return decode_jpeg(torch.frombuffer(jpeg, dtype=torch.uint8))
         except DAMAGE as error:
-            words = f"{os.path.basename(self.files[number])} is not a valid JPEG image"
+            words = f"{os.path.basename(self.names[k])} is not a valid JPEG image"
             raise InputError(f"{self.path}: {words} ({_reason(error)}): make it again") from None
 
-    def _jpeg(self, number, short_side):
-        return torch.from_numpy(np.fromfile(self.files[number], np.uint8, MAX_BYTES + 1))
+    def _jpeg(self, k, copy):
+        with open(self.names[k], "rb") as file:
+            return bytearray(file.read(MAX_BYTES + 1))
 
 
 def open_folder(path):
@@ -245,7 +264,8 @@ def open_folder(path):
     if os.path.exists(f"{path}/video.json"):
         try:
             with open(f"{path}/video.json") as file:
-                times = positive(json.load(file), "fps", "duration_sec")
+                info = json.load(file)
+            times = positive(info["fps"], info["duration_sec"])
         except (*DAMAGE, TypeError) as error:
             expected = f'{{"fps": 25, "duration_sec": 10.0}} ({type(error).__name__}: {error})'
             raise InputError(f"{path}/video.json: expected {expected}") from None
@@ -261,18 +281,16 @@ class FrameZip(JpegFrames):
 
     def __init__(self, path):
         self.path = path
-        self.places = {}  # {(copy, frame number): (first byte, number of bytes)}
-        self.short_sides = [None]
-        keys = ("fps", "duration_sec", "num_frames")
+        self.starts = None  # where each JPEG begins, of each copy: (copies, K)
         try:
             self.file = FileIO(path)
-            info = self._read_places() or json.loads(self._read_entry("video.json"))
-            self.fps, self.duration, self.num_frames = positive(info, *keys)
+            info = self._read_info()
             self.kept = np.array(info["frames"])
-            whole = self.kept.dtype.kind == "i" and self.kept[0] >= 0
-            if not whole or sorted(set(info["frames"])) != info["frames"]:
+            whole = self.kept.dtype.kind == "i" and self.kept.ndim == 1
+            if not whole or (np.diff(self.kept, prepend=-1) < 1).any():
                 raise ValueError("expected frame numbers in ascending order as frames")
-            self.files = {number: f"{number:06d}.jpg" for number in info["frames"]}
+            keys = ("fps", "duration_sec", "num_frames")
+            self.fps, self.duration, self.num_frames = positive(*(info[key] for key in keys))
             frames = self.fps * self.duration
             if self.kept[-1] >= self.num_frames or not 0.5 < frames / self.num_frames < 2:
                 raise ValueError("fps, duration_sec, num_frames and frames contradict each other")
@@ -280,15 +298,14 @@ class FrameZip(JpegFrames):
             problem = f"not a valid ZIP of frames ({error})"
             raise InputError(f"{path} is {problem}; prepare this video again") from None
         self.note = str(info["note"]) if info.get("note") else None
-        prepared = info.get("prepared")
-        self.prepared = prepared if isinstance(prepared, dict) else None
+        self.prepared = info["prepared"] if isinstance(info.get("prepared"), dict) else None
 
     @cached_property
     def archive(self):
         return zipfile.ZipFile(self.path)
 
-    def _read_places(self):
-        """Read video.json and note where each JPEG lies; None if this is not our own ZIP.
+    def _read_info(self):
+        """Read video.json; if the ZIP is one of ours, note where each JPEG lies.
 
         For every sample zipfile would parse a directory of 2,400 entries and check a sum of each
         JPEG: a tenth of its time at full fidelity, a third at fidelity S. Our ZIPs begin with
@@ -296,37 +313,38 @@ class FrameZip(JpegFrames):
         """
         # The signature, the method 0 (stored), the lengths of name and extra field, the name.
         header = self.file.read(40)
-        ours = header[:4] + header[8:10] + header[26:] == b"PK\3\4\0\0\x0a\0\0\0video.json"
-        length = min(int.from_bytes(header[18:22], "little"), MAX_BYTES)
-        info = ours and json.loads(self.file.read(length))
-        if not info or "bytes" not in info:
-            return None
-        self.short_sides = info["short_sides"]
-        sizes = np.array(info["bytes"])
-        if sizes.dtype.kind != "i" or sizes.min() < 1 or len(sizes) != len(self.short_sides):
-            raise ValueError("expected numbers above 0 as bytes, of as many copies as short_sides")
-        positive({str(side): side for side in self.short_sides}, *map(str, self.short_sides))
-        end = self.file.tell()
-        for copy, sizes in enumerate(info["bytes"]):
-            for number, size in zip(info["frames"], sizes, strict=True):
-                start = end + 30 + len(entry_name(number, copy, self.short_sides))
-                end = start + size
-                self.places[copy, number] = (start, size)
-        if (size := os.path.getsize(self.path)) < end:
-            raise ValueError(f"truncated: {size} of at least {end} bytes")
+        if header[:4] + header[8:10] + header[26:] != b"PK\3\4\0\0\x0a\0\0\0video.json":
+            return json.loads(self._read_entry("video.json"))
+        length = int.from_bytes(header[18:22], "little")
+        info = json.loads(self.file.read(min(length, MAX_BYTES)))
+        if "bytes" in info:
+            positive(*info["short_sides"])
+            self.short_sides, self.sizes = info["short_sides"], info["bytes"]
+            sizes = np.array(self.sizes)
+            shape = (len(self.short_sides), len(info["frames"]))
+            whole = sizes.dtype.kind == "i" and sizes.shape == shape
+            if not whole or sizes.min() < 1 or sizes.max() > MAX_BYTES:
+                raise ValueError(f"expected the sizes of {shape} JPEGs as bytes")
+            names = [[len(entry_name(0, copy, self.short_sides))] for copy in range(shape[0])]
+            names = np.array(names) + [len(f"{n:06d}") - 6 for n in info["frames"]]
+            ends = self.file.tell() + np.cumsum(30 + names + sizes).reshape(shape)
+            if (size := os.path.getsize(self.path)) < ends[-1, -1]:
+                raise ValueError(f"truncated: {size} of at least {ends[-1, -1]} bytes")
+            self.starts = (ends - sizes).tolist()
         return info
 
-    def _jpeg(self, number, short_side):
-        """Return the bytes of a frame, of the smallest copy with so many pixels, rounded."""
-        least = short_side - 0.5 if short_side else float("inf")
-        copy = max((k for k, side in enumerate(self.short_sides) if k and side > least), default=0)
-        start, size = self.places.get((copy, number), (0, 0))
-        jpeg = bytearray(size)
-        os.preadv(self.file.fileno(), [jpeg], start)
-        if jpeg.startswith(b"\xff\xd8"):
-            return torch.frombuffer(jpeg, dtype=torch.uint8)
+    @cached_property
+    def names(self):
+        return [entry_name(number, 0, None) for number in self.kept]
+
+    def _jpeg(self, k, copy):
+        if self.starts:
+            jpeg = bytearray(self.sizes[copy][k])
+            os.preadv(self.file.fileno(), [jpeg], self.starts[copy][k])
+            if jpeg.startswith(b"\xff\xd8"):
+                return jpeg
         # A ZIP of other origin, or one packed again: its full frames.
-        return torch.frombuffer(self._read_entry(self.files[number]), dtype=torch.uint8)
+        return self._read_entry(self.names[k])
 
     def _read_entry(self, name):
         size = self.archive.getinfo(name).file_size
@@ -369,10 +387,9 @@ class VideoFile:
         self.height, self.width = stream.height, stream.width
         shown_sec = self.times[-1] - self.times[0]
         usual_sec = shown_sec / max(len(scan) - 1, 1)
-        last_sec = scan.duration_seconds[-1].item()
         if self.times[0] < 0.1:  # the delay of an encoder
             self.times = self.times - self.times[0]
-        shown_sec += max(last_sec, usual_sec) or 1 / fps
+        shown_sec += max(scan.duration_seconds[-1].item(), usual_sec) or 1 / fps
         self.end = self.duration = self.times[0] + shown_sec
         declared = self._declared_sec(stream, container)
         if self.end < 0.99 * declared - 0.1:
@@ -435,16 +452,16 @@ class VideoFile:
         """
         numbers = np.unique(numbers)
         index = self.index(numbers)
-        numbers = numbers[index >= 0]
-        index = index[index >= 0]
+        numbers, index = numbers[index >= 0], index[index >= 0]
         scale = np.ceil(short_side) / min(self.height, self.width) if short_side else 1
         size = (round(self.height * scale), round(self.width * scale)) if scale < 1 else None
+        resize = [Resize(size)] if size else None
         decoder = None
         k = 0
         seeks = self.seeks and (not self.by_order or self.can_seek)
         while seeks and k < len(index):
             try:
-                decoder = decoder or self._make_decoder(size)
+                decoder = decoder or VideoDecoder(self.path, transforms=resize)
                 frame = self._frame_at(decoder, index[k])
             except (RuntimeError, ValueError):
                 # After an error the state of a decoder is undefined.
@@ -457,17 +474,15 @@ class VideoFile:
             yield int(numbers[k]), frame
             k += 1
         for position, raw_frame in self._decode_all() if k < len(index) else ():
-            if index[k] > position:
-                continue
-            frame = self._convert(raw_frame, size)
-            while k < len(index) and index[k] <= position:
+            if index[k] <= position:
+                frame = ColorConverter().convert(raw_frame).data
+                if size:
+                    frame = interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
+            while index[k] <= position:
                 yield int(numbers[k]), frame
                 k += 1
-            if k == len(index):
-                break
-
-    def _make_decoder(self, size=None):
-        return VideoDecoder(self.path, transforms=[Resize(size)] if size else None)
+                if k == len(index):
+                    return
 
     def _frame_at(self, decoder, index):
         frame = decoder.get_frame_at(int(index))
@@ -480,15 +495,13 @@ class VideoFile:
         """Whether frames can be decoded alone: not in AVI with B-frames."""
         try:
             for index in range(min(3, len(self.times))):
-                self._frame_at(self._make_decoder(), index)
+                self._frame_at(VideoDecoder(self.path), index)
         except (RuntimeError, ValueError):  # the latter for a codec without a decoder
             return False
         return True
 
     def _decode_all(self):
         """Yield (index, RawFrame) of all frames from the first on, which needs no seeking."""
-        from torchcodec.decoders import Demuxer
-
         demuxer = Demuxer(self.path)
         try:
             decoder = demuxer.streams[0].make_decoder()
@@ -505,18 +518,9 @@ class VideoFile:
                 index += 1
                 if not self.by_order:
                     near = int(np.searchsorted(self.stamps, raw_frame.pts_seconds - 1e-4))
-                    same = near < len(self.stamps)
-                    same = same and abs(self.stamps[near] - raw_frame.pts_seconds) < 1e-4
-                    index = max(near, index) if same else index
+                    same = abs(self.stamps[near : near + 1] - raw_frame.pts_seconds) < 1e-4
+                    index = max(near, index) if same.any() else index
                 yield index, raw_frame
-
-    def _convert(self, raw_frame, size):
-        from torchcodec.decoders import ColorConverter
-
-        frame = ColorConverter().convert(raw_frame).data
-        if size:
-            frame = interpolate(frame[None], size, mode="bilinear", antialias=True)[0]
-        return frame
 
 
 def check_coverage(path: str, decoded: int, wanted: int) -> None:
@@ -534,22 +538,17 @@ def _reason(error):
 def scan_video(path):
     """Return the frame index of a video file, its stream's metadata and its container's."""
     try:
-        from torchcodec.decoders import Demuxer
-
         demuxer = Demuxer(path)
         stream = demuxer.streams[0]
         scan = stream.scan()
     except (ImportError, RuntimeError, ValueError, IndexError) as error:
-        text, copy = _reason(error), f"-c copy {os.path.splitext(path)[0]}-remuxed.mkv"
-        problem = f"is not a valid video ({text}); copy it anew"
-        if "No valid video stream" in text:
-            problem = "has no video stream"
-        if "support seeking" in text:
-            problem = f"cannot be sought in (cut off?): ffmpeg -i {path} {copy} makes one that can"
-        if isinstance(error, ImportError) or "libtorchcodec" in text:
+        reason = _reason(error)
+        if isinstance(error, ImportError) or "libtorchcodec" in reason:
             needed = "FFmpeg (apt-get install ffmpeg) and torchcodec 0.17 or newer"
-            problem = f"cannot be read: video files need {needed}"
-        raise InputError(f"{path} {problem}") from None
+            raise InputError(f"{path}: video files need {needed}") from None
+        advice = f"or try ffmpeg -i {path} -c copy {os.path.splitext(path)[0]}-remuxed.mkv"
+        problem = f"is not a valid video ({reason}): copy it anew"
+        raise InputError(f"{path} {problem}, {advice}") from None
     if not len(scan):
         raise InputError(f"{path} has a video stream without frames; copy it anew")
     return scan, stream.metadata, demuxer.metadata

@@ -133,6 +133,12 @@ def make_video(path):
     subprocess.run(["ffmpeg", "-v", "error", *encode, path], check=True)
 
 
+def repeat_video(path, seconds, target):
+    """Repeat a video up to so many seconds."""
+    cut = ["-stream_loop", "-1", "-i", path, "-t", str(seconds), "-an", "-c", "copy"]
+    subprocess.run(["ffmpeg", "-v", "error", *cut, target], check=True)
+
+
 def measure_frames(args):
     """Return {source: {fidelity: (seconds, JPEG share)}}."""
     with tempfile.TemporaryDirectory() as folder:
@@ -140,8 +146,7 @@ def measure_frames(args):
             args.video = f"{folder}/picture.mp4"
             make_video(args.video)
         long = f"{folder}/v.mp4"
-        cut = ["-stream_loop", "-1", "-i", args.video, "-t", str(args.seconds), "-an", "-c", "copy"]
-        subprocess.run(["ffmpeg", "-v", "error", *cut, long], check=True)
+        repeat_video(args.video, args.seconds, long)
         source = media.open_media(long)
         print(f"video: {source.duration:.1f} s, {os.path.getsize(long) / 1e6:.1f} MB")
         settings = {

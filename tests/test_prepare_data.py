@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,91 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path):
     assert {name: (tmp_path / name).exists() for name in stays} == stays
 
 
+def test_what_the_rest_takes_is_told_and_a_small_disk_stops_the_work(tmp_path, monkeypatch):
+    for i in range(12):
+        write_jpegs(tmp_path / f"in/{i:02d}", range(i, i + 40))
+    videos, out = media.find_media(tmp_path / "in"), str(tmp_path / "out")
+    free = 10**9
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    logged = []
+    made, failed = prepare_data.prepare(videos, out, SETTINGS, 0, logged.append)
+    assert len(made) == 12 and not failed
+    assert [line.partition(":")[0] for line in logged] == ["5 of 12 prepared", "10 of 12 prepared"]
+    size = sum(os.path.getsize(f"{out}/{name}") for name in os.listdir(out))
+    told = [float(line.split()[7]) for line in logged]
+    assert told == pytest.approx([size / 1e9] * 2, rel=0.1) and "0.0 h to go" in logged[0]
+
+    shutil.rmtree(out)
+    # 7 of 12 are left, then 2: of each of two machines that share the disk.
+    free = size * 7 // 12
+    made, _ = prepare_data.prepare(videos, out, SETTINGS, 0, logged.append)
+    assert len(made) == 12
+    shutil.rmtree(out)
+    with pytest.raises(InputError, match=r"out: about \S+ GB more needed, \S+ GB free: make room"):
+        prepare_data.prepare(videos, out, SETTINGS, 0, logged.append, shards=2)
+    assert len(os.listdir(out)) == 5
+    # Room is made, and it goes on: with the other 7, of which 2 are left after 5.
+    made, _ = prepare_data.prepare(videos, out, SETTINGS, 0, logged.append, shards=2)
+    assert len(made) == 7 and logged[-1].startswith("5 of 7 prepared")
+
+
+FULL_DISK = """
+import ctypes, subprocess, sys
+out, *options = sys.argv[1:]
+assert not ctypes.CDLL(None).unshare(0x20000)  # of this process alone
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", out], check=True)
+from tools import prepare_data
+sys.exit(prepare_data.main(["--out", out, *options]))
+"""
+
+
+def test_a_full_disk_ends_the_work_in_one_line(videos, tmp_path):
+    (tmp_path / "out").mkdir()
+    options = ["--videos", tmp_path / "in", "--workers", "0"]
+    process = Process("-c", FULL_DISK, tmp_path / "out", *options)
+    errors = process.communicate()[1]
+    if "AssertionError" in errors:
+        pytest.skip("unshare is not permitted")
+    assert process.returncode == 1 and errors.count("\n") == 1
+    assert "out: more needed, " in errors and " GB free: make room" in errors
+
+
+def test_shards_are_disjoint_and_complete_and_stay_when_videos_come(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        (tmp_path / f"in/v_{i}.mp4").touch()
+    subsets = {f"{i}": "training" for i in range(50)}  # ten are missing
+    folders = ["--videos", f"{tmp_path}/in", "--out", f"{tmp_path}/out"]
+
+    def parts(count, *options):
+        command = [*folders, *options]
+        args = [prepare_data.parse_args(command) for _ in range(count)]
+        for i, one in enumerate(args, 1):
+            one.shard = prepare_data.read_shard(f"{i}/{count}")
+        return [prepare_data.find_videos(one) for one in args]
+
+    before = parts(3)
+    names = [name for found, _ in before for name in found]
+    assert sorted(names) == sorted(media.find_media(tmp_path / "in"))
+    assert all(len(found) > 5 and not missing for found, missing in before)
+    annotations = write_annotations(tmp_path / "a.json", subsets)
+    told = parts(3, "--annotations", annotations)
+    assert sorted(name for _, missing in told for name in missing) == [
+        str(i) for i in range(40, 50)
+    ]
+    # The spelling does not matter, nor what comes later.
+    assert [{f"v_{name}" for name in found} for found, _ in told] == [set(f) for f, _ in before]
+    (tmp_path / "in/v_99.mp4").touch()
+    assert all(set(old) <= set(new) for (old, _), (new, _) in zip(before, parts(3), strict=True))
+    # More machines than videos: one without work has done it.
+    shutil.rmtree(tmp_path / "in")
+    write_jpegs(tmp_path / "in/a", range(8))
+    statuses = [run(capsys, *folders, "--workers", "0", "--shard", f"{i}/3") for i in (1, 2, 3)]
+    assert [status for status, _ in statuses] == [0, 0, 0]
+    assert sum("1 prepared" in printed for _, printed in statuses) == 1
+
+
 # ---------------------------------------------------------------------------------- command line
 
 
@@ -329,6 +415,9 @@ def test_wrong_options_are_one_line_each(tmp_path, capsys):
         "--quality 101": "a quality up to 100",
         "--copies 100 0": "expected numbers of at least 1",
         "--rate 0": "--rate 0.0: expected a number above 0",
+        "--shard 0/2": "--shard 0/2: expected i/n, from 1/n to n/n",
+        "--shard 3/2": "--shard 3/2: expected i/n",
+        "--shard 1": "--shard 1: expected i/n",
         f"--videos {tmp_path}/none": "no folder",
         f"--annotations {tmp_path}/none.json": "none.json",
     }

@@ -3,15 +3,20 @@
     python -m tools.prepare_data --videos DIR --annotations JSON --out DIR
 
 Writes one ZIP of JPEG frames a video, DIR/VIDEO.zip; media.py describes it. Video files need
-FFmpeg. Run again, it skips what is there. Exit status 1 if a video failed.
+FFmpeg. Run again, it skips what is there. Exit status 1 if a video failed. After 5, 10, 20, ...
+videos it tells what the others will take, and stops if the disk is too small for them.
 """
 
 import argparse
+import errno
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -22,7 +27,7 @@ from tqdm import tqdm
 import media
 from checkpoint import remove_stale_parts, write_atomic
 from config import one_line_errors
-from data import first_names, load_annotations
+from data import first_names, load_annotations, seed_of
 from media import InputError
 from tools.jobs import available_cores, run_jobs
 
@@ -132,11 +137,48 @@ def _prepare_job(job):
     return prepare_video(path, target, settings) or ""
 
 
-def prepare(videos, out, settings, workers, log=print):
+class Estimate:
+    """What the videos still to prepare take, by the mean of those made; logged at 5, 10, 20, ...
+
+    todo: how many there are; shards: so many programs at once write as much to the folder `out`.
+    """
+
+    def __init__(self, out, todo, shards, log):
+        self.out, self.todo, self.shards, self.log = out, todo, shards, log
+        self.started = time.monotonic()
+        self.made = self.bytes = 0
+
+    def add(self, path):
+        """Count a ZIP. Raises InputError if the disk is too small for the others."""
+        self.made += 1
+        self.bytes += os.path.getsize(path)
+        left = self.todo - self.made
+        if left and self.made in (5 * 2**i for i in range(32)):
+            hours = (time.monotonic() - self.started) / self.made * left / 3600
+            size = f"{1e-9 * self.bytes / self.made * self.todo:.3g} GB"
+            self.log(
+                f"{self.made} of {self.todo} prepared: all will be {size}, {hours:.1f} h to go"
+            )
+            if self.needed() > shutil.disk_usage(self.out).free:
+                raise self.too_small()
+
+    def needed(self):
+        """Return how many bytes more all shards need."""
+        return self.bytes / max(self.made, 1) * (self.todo - self.made) * self.shards
+
+    def too_small(self):
+        free = f"{1e-9 * shutil.disk_usage(self.out).free:.3g} GB"
+        needed = f"about {1e-9 * self.needed():.3g} GB more" if self.made else "more"
+        what = "make room and rerun, or choose another --out, a lower --quality, fewer --copies"
+        return InputError(f"{self.out}: {needed} needed, {free} free: {what}")
+
+
+def prepare(videos, out, settings, workers, log=print, shards=1):
     """Prepare {video name: path} into the folder `out`: ([names made], {name: why it failed}).
 
     Works in `workers` processes; 0: in this one. What is there and whole is skipped; a video that
-    fails is logged and does not stop the others.
+    fails is logged and does not stop the others. Raises InputError if the disk is too small; it is
+    shared with so many `shards`.
     """
     try:
         os.makedirs(out, exist_ok=True)
@@ -148,12 +190,17 @@ def prepare(videos, out, settings, workers, log=print):
     jobs = {name: (path, f"{out}/{name}.zip", settings) for name, path in videos.items()}
     made = []
     failed = {}
+    todo = sum(not os.path.lexists(target) for _, target, _ in jobs.values())
+    estimate = Estimate(out, todo, shards, log)
     for name, note, error in run_jobs(_prepare_job, jobs, workers, f"prepare {out}"):
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise estimate.too_small()
         if error is not None:
             failed[name] = str(error)
             log(f"FAILED {name}: {error}")
         elif note is not None:
             made.append(name)
+            estimate.add(jobs[name][1])
             if note:
                 log(f"{name}: {note}")
     return made, failed
@@ -176,7 +223,20 @@ def find_videos(args):
     if not found:
         example = f"{args.videos}/{(names or ['VIDEO'])[0]}.mp4"
         raise InputError(f"none of {len(names)} videos in {args.videos}: expected, say, {example}")
-    return found, [name for name in names if name not in found]
+    # By its name, however spelt: a video that comes later moves no other.
+    index, shards = args.shard
+    names = [n for n in names if seed_of("shard", n.removeprefix("v_")) % shards == index - 1]
+    missing = [name for name in names if name not in found]
+    return {name: found[name] for name in names if name in found}, missing
+
+
+def read_shard(text):
+    """Return (i, n) of "i/n"."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    index, shards = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= shards:
+        raise InputError(f"--shard {text}: expected i/n, from 1/n to n/n")
+    return index, shards
 
 
 def read_settings(args):
@@ -214,6 +274,7 @@ def parse_args(argv):
     add("--copies", type=int, nargs="*", help=copies)
     add("--quality", type=int, default=90, help="of JPEGs; copies 5 less (default: %(default)s)")
     add("--workers", type=int, default=available_cores(), help="processes (default: %(default)s)")
+    add("--shard", default="1/1", help="i/n: only the i-th of n parts, on several machines at once")
     return parser.parse_args(argv)
 
 
@@ -221,11 +282,13 @@ def main(argv=None):
     args = parse_args(argv)
     with one_line_errors("tools.prepare_data"):
         settings = read_settings(args)
+        args.shard = read_shard(args.shard)
         videos, missing = find_videos(args)
         if missing:
             counts = f"{len(missing)} of {len(videos) + len(missing)}"
             print(f"{counts} videos are not in {args.videos}: {first_names(missing)}")
-        made, failed = prepare(videos, args.out, settings, args.workers, tqdm.write)
+        shards = args.shard[1]
+        made, failed = prepare(videos, args.out, settings, args.workers, tqdm.write, shards)
         skipped = len(videos) - len(made) - len(failed)
         counts = f"{len(made)} prepared, {skipped} already prepared, {len(failed)} failed"
         print(f"{args.out}: {counts}, {len(missing)} missing")
