@@ -28,7 +28,7 @@ from benchmarks.table import Row
 from checkpoint import machine_name, write_atomic
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PROGRAMS = ("head", "training", "evaluation", "data", "sola", "scale")
+PROGRAMS = ("head", "training", "evaluation", "data", "disk", "sola", "scale")
 
 INTRODUCTION = """# Benchmarks
 
@@ -43,6 +43,7 @@ python -m benchmarks.training
 python -m benchmarks.evaluation
 python -m benchmarks.data frames          # needs FFmpeg's command
 python -m benchmarks.data annotations
+python -m benchmarks.disk parts           # and settings
 python -m benchmarks.sola cost
 python -m benchmarks.scale annotations    # and with detections, videos, features, rows
 ```

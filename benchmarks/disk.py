@@ -15,6 +15,7 @@ Without a video, one is made: a test picture with noise.
 import argparse
 import itertools
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ import torch
 import data
 import media
 from benchmarks.data import FIDELITIES, FULL, VIDEO, loader, make_video, repeat_video
+from benchmarks.table import Row
 from tools.prepare_data import prepare, shrink
 from tsm import TSM, load_state, load_weights
 
@@ -49,14 +51,14 @@ def microseconds(step, count):
     return statistics.median(runs)
 
 
-def sample_parts(path, fidelity):
-    """Return milliseconds of the steps of a sample, by name."""
+def sample_parts(path, fidelity, most=200):
+    """Return milliseconds of the steps of a sample, by name, timed on so many frames."""
     source = media.FrameZip(path)
     numbers = media.snippet_frames(source.num_frames, FULL.snippets, 8, 8)
     numbers = numbers[data.snippet_rows(FULL.snippets, fidelity.snippets)].flatten().numpy()
     side = side_read(source.short_sides[1:], fidelity)
     copy = source.short_sides.index(side)
-    count = min(len(source.kept), 200)
+    count = min(len(source.kept), most)
     files = [source._jpeg(k, copy) for k in range(count)]
     tensors = [torch.frombuffer(file, dtype=torch.uint8) for file in files]
     frames = [media.decode_jpeg(x) for x in tensors]
@@ -82,15 +84,34 @@ def sample_parts(path, fidelity):
     return parts | {"collating": microseconds(lambda i: data.collate([sample] * 4), 1) / 4e3}
 
 
-def measure_parts(args):
+def measure_parts(video, seconds, most=200):
+    """Return milliseconds of the steps of a sample, {fidelity: {step: ms}}."""
     with tempfile.TemporaryDirectory() as folder:
-        repeat_video(args.video, args.seconds, f"{folder}/v.mp4")
+        repeat_video(video, seconds, f"{folder}/v.mp4")
         settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
         prepare({"v": f"{folder}/v.mp4"}, folder, {**settings, "copies": [181, 128]}, 0)
-        rows = {name: sample_parts(f"{folder}/v.zip", f) for name, f in FIDELITIES.items()}
-    print("\n| ms | " + " | ".join(rows["full"]) + " |\n|---|" + "--:|" * len(rows["full"]))
-    for name, parts in rows.items():
+        found = {name: sample_parts(f"{folder}/v.zip", f, most) for name, f in FIDELITIES.items()}
+    print("\n| ms | " + " | ".join(found["full"]) + " |\n|---|" + "--:|" * len(found["full"]))
+    for name, parts in found.items():
         print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in parts.values()) + " |")
+    return found
+
+
+def rows(quick=False):
+    """Return rows of the benchmarks' table."""
+    if not shutil.which("ffmpeg"):
+        return [Row("steps of a sample", "", "not measured: needs FFmpeg's command")]
+    with tempfile.TemporaryDirectory() as folder:
+        make_video(f"{folder}/picture.mp4")
+        seconds, most = (1, 4) if quick else (117, 200)
+        found = measure_parts(f"{folder}/picture.mp4", seconds, most)
+    shares = []
+    for parts in found.values():
+        # Half of the samples are flipped; batches of one video are not collated.
+        whole = sum(parts.values()) - parts["flipping"] / 2 - parts["collating"]
+        shares.append(f"{parts['decoding'] / whole:.0%}")
+    against = "the steps of a sample, each timed alone, added up"
+    return [Row(f"JPEG decoding, {', '.join(found)}", against, ", ".join(shares))]
 
 
 class Lossless:
@@ -225,7 +246,10 @@ def main():
         if not (args.video or args.videos):
             args.video, args.videos = f"{folder}/picture.mp4", [folder]
             make_video(args.video)
-        measure_parts(args) if args.what == "parts" else measure_settings(args)
+        if args.what == "settings":
+            measure_settings(args)
+        else:
+            measure_parts(args.video, args.seconds)
 
 
 if __name__ == "__main__":
