@@ -9,7 +9,8 @@
    encoder's forward and backward of the same frames.
 3. The TSM encoder against the same network without shift, forward and backward: time, and memory
    held for the backward pass; and a plain shift, which leaves a shifted copy of the activations.
-4. The same encoder in bfloat16 against float32 (config key precision), forward and backward.
+4. The same encoder in bfloat16 against float32 (config key precision), forward and backward; the
+   share of a large matrix product's FLOP/s, and the encoder compiled (config key lofi.compile).
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 import checkpoint
 import data
 import tsm
+from benchmarks.gpu import count_flops, share_of_peak
 from localizer import Distributed, Localizer, localization_step
 from tools.make_toy import Toy, make_toy
 
@@ -216,6 +218,14 @@ def compare_encoders(runs):
     full, half = median_times(*steps, runs=runs)
     print(f"\n4. encoder, forward and backward: float32 {full:.3f} s, bfloat16 {half:.3f} s;")
     print(f"float32 / bfloat16 {full / half:.2f}")
+    print(share_of_peak(count_flops(steps[0]), full, DEVICE, torch.float32))
+    print(share_of_peak(count_flops(steps[1]), half, DEVICE, torch.bfloat16))
+    compiled = partial(forward_backward, torch.compile(shifting), frames)
+    started = clock()
+    compiled()
+    seconds = clock() - started
+    plain, fast = median_times(partial(forward_backward, shifting, frames), compiled, runs=runs)
+    print(f"compiled in {seconds:.0f} s; plain / compiled {plain / fast:.2f}")
 
 
 def main():
