@@ -9,7 +9,7 @@ pandas frames and walks them row by row, which takes minutes for a million: with
 a few whole classes, and its rate is what is compared. It needs pandas (no dependency of the
 project); the same loop over numpy arrays is timed too.
 Soft-NMS: the public loop over Python lists, one video after the other, here with the last candidate
-kept.
+kept. On a GPU, too, where there is one.
 All in one thread, wall clock; ours is the best of --repeats, the loops run once.
 """
 
@@ -317,6 +317,12 @@ def bench_soft_nms(args):
         kept, seconds[f"ours, {str(dtype)[6:]}"] = timed(
             lambda s=s, p=p: ev.soft_nms(s, p), args.repeats
         )
+        if torch.cuda.is_available():
+            on_gpu = s.cuda(), p.cuda()
+            ev.soft_nms(*on_gpu)[1].cpu()
+            _, seconds[f"ours, {str(dtype)[6:]}, {torch.cuda.get_device_name()}"] = timed(
+                lambda on_gpu=on_gpu: ev.soft_nms(*on_gpu)[1].cpu(), args.repeats
+            )
     plain, seconds["plain loop, lists"] = timed(
         lambda: [
             list_soft_nms(segments[b].tolist(), scores[b].tolist(), 0.84, 100) for b in range(B)

@@ -6,20 +6,25 @@
 
 Same weights, same input, one run. A step is forward, loss and backward. Times are medians over
 alternating steps after a warm-up. CPU memory is the growth of the resident set over one first step
-in a process of its own: activations, gradients and fixed interpolation weights.
+in a process of its own, which has done a tiny step before, for the libraries' own memory:
+activations, gradients and fixed interpolation weights. `tensors` is the peak of what tensors hold,
+beside the fixed weights. The share of peak: of a large matrix product's FLOP/s.
 """
 
 import argparse
+import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks import bmn_materialised, gtad_materialised
+from benchmarks.gpu import count_flops, share_of_peak
 from benchmarks.table import Row, rounded
 from bmn import BMN
 from checkpoint import machine_name, peak_memory_gb
@@ -93,11 +98,29 @@ def measure_times(step, repeats, synchronize=lambda: None, **options):
 
 
 def resident_growth_mb(args, way):
-    """Return how much this process, which has done nothing yet, grows in its first step."""
+    """Return how much this process grows in its first step, after a tiny one."""
+    tiny = argparse.Namespace(**{**vars(args), "batch": 1, "length": 4})
+    make_step(tiny, CPU)(way)
     step = make_step(args, CPU)
     before = peak_memory_gb(CPU)
     step(way)
     return (peak_memory_gb(CPU) - before) * 1e9 / 2**20
+
+
+def tensors_mb(step, way):
+    """Return the peak of what tensors hold in a step, in MB, by the profiler's account."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    step(way)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step(way)
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        with open(f"{folder}/trace.json") as file:
+            events = json.load(file)["traceEvents"]
+    memory = [e for e in events if e.get("name") == "[memory]"]
+    memory.sort(key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in memory]
+    return (max(totals) - totals[0]) / 2**20
 
 
 def report(title, times, memory_mb):
@@ -127,7 +150,13 @@ def run_on_cpu(args, alone=True):
         memory_mb[way] = float(subprocess.check_output(command, text=True))
     step = make_step(args, CPU)
     print_difference(step)
+    held = {way: tensors_mb(step, way) for way in WAYS}
+    ratio = held["materialised"] / held["folded"]
+    words = ", ".join(f"{way} {mb:.0f} MB" for way, mb in held.items())
+    print(f"tensors: {words}, ratio {ratio:.1f}")
     times = measure_times(step, args.repeats)
+    seconds = statistics.median(times["folded"])
+    print(share_of_peak(count_flops(lambda: step("folded")), seconds, CPU, torch.float32))
     title = f"CPU, float32, batch {args.batch}, {torch.get_num_threads()} threads"
     return report(title, times, memory_mb)
 
@@ -148,6 +177,8 @@ def run_on_gpu(args):
             memory_mb[way] = (torch.cuda.max_memory_allocated() - before) / 2**20
         name = str(dtype).removeprefix("torch.")
         report(f"GPU, {name}, batch {args.batch}", times, memory_mb)
+        flops = count_flops(lambda dtype=dtype: step("folded", dtype))
+        print(share_of_peak(flops, statistics.median(times["folded"]), device, dtype))
 
 
 def rows(quick=False):

@@ -9,7 +9,8 @@
    encoder's forward and backward of the same frames.
 3. The TSM encoder against the same network without shift, forward and backward: time, and memory
    held for the backward pass; and a plain shift, which leaves a shifted copy of the activations.
-4. The same encoder in bfloat16 against float32 (config key precision), forward and backward.
+4. The same encoder in bfloat16 against float32 (config key precision), forward and backward; the
+   share of a large matrix product's FLOP/s, and the encoder compiled (config key lofi.compile).
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 import checkpoint
 import data
 import tsm
+from benchmarks.gpu import count_flops, share_of_peak
 from benchmarks.table import Row, rounded
 from localizer import Distributed, Localizer, localization_step
 from tools.make_toy import Toy, make_toy
@@ -223,7 +225,21 @@ def compare_encoders(runs):
     full, half = median_times(*steps, runs=runs)
     print(f"\n4. encoder, forward and backward: float32 {full:.3f} s, bfloat16 {half:.3f} s;")
     print(f"float32 / bfloat16 {full / half:.2f}")
+    print(share_of_peak(count_flops(steps[0]), full, DEVICE, torch.float32))
+    print(share_of_peak(count_flops(steps[1]), half, DEVICE, torch.bfloat16))
     return times, held, (full, half)
+
+
+def compare_compiled(runs):
+    """Compile the encoder, which on a CPU needs a C++ compiler."""
+    frames = random_batch(data.Fidelity("x", 25 if CUDA else 8, FULL.size))["frames"]
+    encoder = tsm.TSM(width=WIDTH, frozen_bn=True).to(DEVICE).train()
+    compiled = partial(forward_backward, torch.compile(encoder), frames)
+    started = clock()
+    compiled()
+    seconds = clock() - started
+    plain, fast = median_times(partial(forward_backward, encoder, frames), compiled, runs=runs)
+    print(f"\n5. encoder, compiled in {seconds:.0f} s; plain / compiled {plain / fast:.2f}")
 
 
 def rows(quick=False):
@@ -273,6 +289,7 @@ def main():
     compare_fidelities(args.runs)
     compare_whole_step(args.runs)
     compare_encoders(args.runs)
+    compare_compiled(args.runs)
 
 
 if __name__ == "__main__":
