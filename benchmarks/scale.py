@@ -378,10 +378,10 @@ def plot(measured, path):
             (name, style) for style, group in zip(STYLES, names, strict=True) for name in group
         ]
         for name, style in lines:
-            values = [max(figures[name], 1e-4) for figures in points.values()]
-            axis.loglog(points, values, style, label=name)
+            values = [max(figures[name], 1e-2) for figures in points.values()]
+            axis.loglog([*points], values, style, label=name)
         sizes = np.array([*points])
-        last = points[max(points)][names[0][0]]
+        last = points[max(points)][names[0][-1]]
         axis.loglog(sizes, last * sizes / sizes[-1], "-", color="0.8", label="linear")
         axis.set_xlabel(f"{kind}, {POINTS[kind][3]}".removesuffix(", "))
         axis.legend(fontsize=7)
@@ -402,15 +402,22 @@ def main():
     if args.point:
         print(json.dumps(POINTS[args.what][0](args.point, args.out)))
         return
-    measured = json.loads(Path(args.json).read_text()) if os.path.exists(args.json) else {}
     if args.what == "plot":
-        plot(measured, args.out)
+        plot(load(args.json), args.out)
         return
-    points = measured.setdefault(args.what, {})
     for size in args.sizes or POINTS[args.what][1]:
-        points[str(size)] = measure(args.what, size)
-        print(table(args.what, points), flush=True)
+        figures = measure(args.what, size)
+        measured = load(args.json)
+        points = measured.setdefault(args.what, {})
+        points[str(size)] = figures
+        measured[args.what] = dict(sorted(points.items(), key=lambda item: int(item[0])))
         Path(args.json).write_text(json.dumps(measured, indent=1))
+        print(table(args.what, measured[args.what]), flush=True)
+
+
+def load(path):
+    """Return the figures of earlier starts, {kind: {size: figures}}."""
+    return json.loads(Path(path).read_text()) if os.path.exists(path) else {}
 
 
 if __name__ == "__main__":
