@@ -175,6 +175,7 @@ def test_options_are_the_fields_of_a_toy(tmp_path, capsys):
     assert "already exists" in capsys.readouterr().out
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
 def test_an_interrupted_start_leaves_nothing(number, workers, tmp_path):
     options = ["--out", f"{tmp_path}/data", f"--workers={workers}"]
