@@ -1,9 +1,10 @@
 """Run all tests on one thread: they and the processes they start then round alike, bit for bit.
 
-Programs of @pytest.mark.beside run beside the tests that come first, one program at a time, on a
-core that is idle else; the tests that are so marked wait for theirs.
+What is marked `beside` needs nothing of other tests and runs beside those that come before it, one
+program at a time, on a core that is idle else; the test itself waits for its end.
 """
 
+import os
 import signal
 import time
 
@@ -15,22 +16,33 @@ torch.set_num_threads(1)
 # A job in the background of a shell ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-waiting = {}  # the words after `python`, by test
-started = {}  # processes, by test
-
-
-def start(name):
-    started[name] = Process(*waiting.pop(name), env={**ENV, "PYTHONPATH": str(ROOT)})
+CHILD = "LOFI_TAL_BESIDE"  # set in a program of marked tests
+PYTEST = ["-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--color=no"]
+MANY = 3  # tests; of fewer, marked ones run where they stand, for a debugger, say
+program_of = {}  # the name of each marked test's program
+waiting = {}  # programs still to start, the words after `python`
+started = {}  # Processes
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "beside(*argv): start `python *argv` early, see `beside`")
+    explained = "beside(*argv): start `python *argv`, or else this test, early and aside"
+    config.addinivalue_line("markers", explained)
 
 
 def pytest_collection_finish(session):
-    for item in session.items:
+    for item in session.items if CHILD not in os.environ else ():
         for mark in item.iter_markers("beside"):
-            waiting[item.nodeid] = mark.args
+            if mark.args:
+                program_of[item.nodeid] = item.nodeid
+                waiting[item.nodeid] = mark.args
+            elif len(session.items) >= MANY:  # a program for those of a file
+                program_of[item.nodeid] = str(item.path)
+                waiting.setdefault(str(item.path), [*PYTEST]).append(item.nodeid)
+
+
+def start(name):
+    env = {**ENV, CHILD: "1", "PYTHONPATH": str(ROOT)}
+    started[name] = Process(*waiting.pop(name), env=env)
 
 
 def pytest_runtest_logstart():
@@ -38,12 +50,27 @@ def pytest_runtest_logstart():
         start(next(iter(waiting)))
 
 
-@pytest.fixture
-def beside(request):
-    """The program of the test's mark, when it has ended: a Process."""
-    name = request.node.nodeid
+def ended(test):
+    """Return the program of a test when it has ended."""
+    name = program_of[test]
     if name in waiting:
         start(name)
     while started[name].poll() is None:
         time.sleep(0.02)
-    return started.pop(name)
+    return started[name]
+
+
+@pytest.fixture
+def beside(request):
+    """The program that the test's mark names, ended: a Process."""
+    return ended(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    test = pyfuncitem.nodeid
+    if program_of.get(test, test) == test:
+        return None
+    output = ended(test).read(1)
+    assert f"PASSED {test}\n" in output, output[-10000:] + ended(test).read(2)
+    return True

@@ -25,6 +25,7 @@ def lines_of(capsys, path, *overrides):
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("path", sorted(glob.glob("configs/*.yaml")))
 def test_every_config(path, capsys):
     cfg = config.load_config(path)
@@ -46,6 +47,7 @@ with open("docs/paper.md", encoding="utf-8") as file:
     ROWS = re.findall(r"^python lofi_tal.py --cfg (\S+)(?: --set (.*))?$", file.read(), re.M)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize(("path", "words"), ROWS)
 def test_every_row_of_the_papers_tables(path, words, capsys):
     cfg = config.load_config(path, shlex.split(words))

@@ -57,6 +57,7 @@ def test_it_has_the_layout_of_a_real_data_set(small):
         assert source.num_frames == 64
         assert source.duration == video.duration == 8.0
         assert source.read(np.array([0, 63])).shape == (2, 3, 20, 20)
+        assert "archive" not in vars(source)  # found by its size, without the ZIP's directory
         segments, labels = video.actions
         lengths = segments.diff(dim=1)
         assert 1 <= len(lengths) <= 3
@@ -175,6 +176,7 @@ def test_options_are_the_fields_of_a_toy(tmp_path, capsys):
     assert "already exists" in capsys.readouterr().out
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
 def test_an_interrupted_start_leaves_nothing(number, workers, tmp_path):
     options = ["--out", f"{tmp_path}/data", f"--workers={workers}"]

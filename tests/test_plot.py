@@ -571,6 +571,7 @@ def test_damaged_similarity_maps_are_refused(run):
             plot.similarity(run)
 
 
+@pytest.mark.beside
 def test_numbers_as_text_and_letters_of_no_font_are_drawn(run):
     entry = {"label": "jump \ud800", "score": "0.5", "segment": ["1.5", 2]}
     result = {"results": {"v0": [entry]}, "external_data": {"class_source": "x" * 10**4}}

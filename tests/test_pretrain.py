@@ -334,6 +334,7 @@ def make_clips(folder, rng):
             write(folder / f"{split}/{label}/{i}.zip", frames)
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("task", ["acp", "arrow", "speed"])
 def test_each_task_is_learnt_from_clips_that_show_it(task, tmp_path):
     make_clips(tmp_path, np.random.default_rng(0))

@@ -291,6 +291,7 @@ def test_recomputation_gives_the_plain_gradient(frozen):
     torch.testing.assert_close(plain.state_dict(), again.state_dict())  # running statistics too
 
 
+@pytest.mark.beside
 def test_a_compiled_encoder_gives_the_plain_gradient():
     torch.manual_seed(0)
     encoder = TSM(width=8, maxpool=False, frozen_bn=True)

@@ -216,6 +216,7 @@ def long_videos(folder):
     return database, durations
 
 
+@pytest.mark.beside
 def test_a_long_video_whose_segments_straddle_windows_is_localized(tmp_path):
     """Windows of 32: half of the segments lie across a window's border."""
     database, durations = long_videos(tmp_path)
@@ -253,6 +254,7 @@ def test_a_long_video_whose_segments_straddle_windows_is_localized(tmp_path):
     assert straddling > 15 and hits > 0.8 * straddling
 
 
+@pytest.mark.beside
 def test_a_run_with_windows_over_its_own_features(tmp_path):
     toy = Toy(train=4, val=4, clips=8, stills=8, size=20, snippets=16)
     make_toy(f"{tmp_path}/toy", toy, workers=0)

@@ -293,10 +293,9 @@ def encode(frame):
 
 
 def write_zip(path, frames, fps=FPS):
-    """Write frames (F, 3, H, W) uint8 as a ZIP of all frames of a video."""
+    """Write frames (F, 3, H, W) uint8 as a ZIP of a video, with their sizes: it reads faster."""
     jpegs = {number: encode(frame) for number, frame in enumerate(frames)}
     info = {"fps": fps, "num_frames": len(frames), "duration_sec": len(frames) / fps}
-    # With their sizes frames are found without the ZIP's directory: a third of a clip's loading.
     sizes = {"short_sides": [frames.shape[2]], "bytes": [[len(jpeg) for jpeg in jpegs.values()]]}
     write_frame_zip(path, {**info, "frames": list(jpegs), **sizes}, [jpegs])
 
@@ -329,7 +328,6 @@ def write_item(item, folder, toy):
     else:
         with open(f"{folder}/{number:05d}.jpg", "wb") as file:
             file.write(encode(render_still(rng, label, toy.size)))
-    return None
 
 
 def make_toy(out, toy, workers=None):
