@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -111,24 +112,36 @@ class Distributed:
 
 
 def fresh_group(timeout_sec=600):
-    """Return store, rank and world size of torchrun's group, as a start of its processes has them.
+    """Return store, rank and world size of torchrun's group: the part of its store that the
+    processes of this very start share.
 
-    Raises InputError where torch would mix the starts up: it tells them apart by how often each
-    machine has restarted, and after a failure on one machine the others count less.
+    torchrun's restart counts do not tell: nodes count differently. So the main process makes up a
+    word, and the others ask for it under words of their own: an answer to a dead process is lost.
     """
-    env = os.environ
-    shares_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shares_store and env["GROUP_WORLD_SIZE"] != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        remedy = "start each torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
-        raise InputError(f"--max-restarts on several machines: {remedy}")
     if sys.platform == "linux":
         # End with torchrun, should that alone be killed: 1 is PR_SET_PDEATHSIG.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    # Killed before that line, torchrun took along its store, which is there before its processes.
-    reach = timedelta(seconds=min(timeout_sec, 30 if shares_store else timeout_sec))
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=reach))  # torch tries twice
+    # Killed before that line, it took along its store, which is there before its processes are.
+    most = 30 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else timeout_sec
+    reach = timedelta(seconds=min(timeout_sec, most))  # torch tries twice
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=reach))
     store.set_timeout(timedelta(seconds=timeout_sec))
-    return {"store": store, "rank": rank, "world_size": world_size}
+    word = uuid.uuid4().hex
+    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout_sec
+    if rank:
+        store.set(f"asks/{rank}", word)
+        word = store.get(f"answer/{word}").decode()
+        store.set(f"heard/{word}/{rank}", "")
+    while missing and not rank:
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):  # perhaps a dead one's: then it is asked anew
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", word)
+            if store.check([f"heard/{word}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise InputError(f"processes {sorted(missing)} of {world_size} have not joined in time")
+        time.sleep(0.01)
+    return {"store": dist.PrefixStore(word, store), "rank": rank, "world_size": world_size}
 
 
 class SnippetClassifier(nn.Module):

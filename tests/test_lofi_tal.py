@@ -726,8 +726,7 @@ def test_kill_9_of_a_rank_under_max_restarts_loses_nothing(whole, toy, tmp_path,
     saved = str(tmp_path / "run/lofi/checkpoint.pt")
     command = [*WARM_TORCHRUN, *rendezvous, "--max-restarts=1", tmp_path / "late.py", saved]
     command += arguments(toy, tmp_path / "run", *overrides)
-    env = ENV if nodes == 1 else ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    agents = [Process(*command, env=env) for _ in range(nodes)]
+    agents = [Process(*command) for _ in range(nodes)]
     try:
         wait_for(saved, agents[0])
         (server,) = children_of(agents[-1].pid)
@@ -740,14 +739,6 @@ def test_kill_9_of_a_rank_under_max_restarts_loses_nothing(whole, toy, tmp_path,
     assert codes == [0] * nodes, log
     assert "lofi: resuming at epoch" in log
     same_encoder(whole, tmp_path / "run")
-
-
-def test_restarts_on_several_machines_need_a_store_of_their_own(monkeypatch):
-    for name, value in {"USE_AGENT_STORE": "True", "MAX_RESTARTS": "3"}.items():
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(localizer.InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        localizer.fresh_group()
 
 
 DIES = """

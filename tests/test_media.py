@@ -398,13 +398,11 @@ def test_folders_of_frames_load(tmp_path):
 
 
 def test_a_folder_without_frames_or_with_several_kinds_is_named(tmp_path):
-    with pytest.raises(
-        InputError, match=r"holds frames of 0 kinds, \[\]: expected files img_00001.jpg"
-    ):
+    with pytest.raises(InputError, match=r"holds no frames: expected files img_00001.jpg"):
         media.open_media(tmp_path)
     for name in ("left_1.jpg", "right_1.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
-    with pytest.raises(InputError, match=r"2 kinds, \['left_', 'right_'\]"):
+    with pytest.raises(InputError, match=r"several kinds, \['left_', 'right_'\]"):
         media.open_media(tmp_path)
 
 
