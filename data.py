@@ -101,6 +101,8 @@ def load_annotations(path: str, split=("training", "validation", 0.2)) -> dict[s
     if not os.path.isfile(path):
         toy = "make toy data with `python -m tools.make_toy --out data/toy`"
         raise InputError(f"no annotation file {path}: set data.annotations, or {toy}")
+    if path.lower().endswith((".xlsx", ".xls", ".ods", ".numbers")):
+        raise InputError(f"{path} is a spreadsheet: save it as CSV in UTF-8, and name that")
     is_table = path.lower().endswith(TABLES)
     content = _read_rows(path, *split) if is_table else load_json(path)
     entry = '{"subset", "duration": seconds, "annotations": [{"segment": [start, end], "label"}]}'

@@ -141,6 +141,13 @@ def test_statistics_are_of_what_training_sees():
     assert s["classes"].tolist() == [2, 1, 0]
 
 
+def test_classes_that_a_capital_letter_makes_two_are_named(tmp_path):
+    database = {name: entry(label=name) for name in ("jump", "Jump", "run")}
+    lines = []
+    check(Sources(write_annotations(tmp_path / "a.json", database)), log=lines.append)
+    assert "classes that differ in capital letters only: Jump, jump" in "\n".join(lines)
+
+
 def cells_of(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 

@@ -324,6 +324,12 @@ def test_a_bad_row_of_a_table_is_named(rows, message, tmp_path):
         read(path, f"video,start,end,label,subset\nz,1,2,x,t\n{rows}\n")
 
 
+def test_a_spreadsheets_own_format_is_named(tmp_path):
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match="save it as CSV"):
+        data.load_annotations(str(tmp_path / "a.xlsx"))
+
+
 def test_a_table_of_nothing_is_refused(tmp_path):
     for text in ("", "video,start,end,label\n", "# a note\n"):
         with pytest.raises(InputError, match="no video in it"):

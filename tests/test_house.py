@@ -94,11 +94,11 @@ def num_lines(paths):
 
 def test_files_are_short():
     assert num_lines([TOP["lofi_tal"]]) <= 250
-    assert num_lines(TOP.values()) <= 6232
+    assert num_lines(TOP.values()) <= 6234
 
 
 def test_tools_are_short():
-    assert num_lines([*ROOT.glob("tools/*.py"), *ROOT.glob("reproduce/*.py")]) <= 3060
+    assert num_lines([*ROOT.glob("tools/*.py"), *ROOT.glob("reproduce/*.py")]) <= 3063
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

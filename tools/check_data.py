@@ -311,6 +311,9 @@ def describe(checks):
             videos, seconds = len(set(s["owner"][of].tolist())), s["seconds"][of].sum()
             rows[-1] += [videos, of.sum(), f"{seconds:.1f}", f"{of.sum() / max(videos, 1):.1f}"]
     yield markdown_table(rows[0], rows[1:])
+    spellings = Counter(label.casefold() for label in labels)
+    if twins := [label for label in labels if spellings[label.casefold()] > 1]:
+        yield f"classes that differ in capital letters only: {first_names(twins)}"
     spreads = []
     for name, s in known.items():
         if lacking := sorted(set(labels).difference(s["label"].tolist())):
