@@ -857,14 +857,14 @@ def windows_with_segments(videos, counts, length, least=0.5):
 def collate(samples: list[dict]) -> dict:
     """Return a batch: tensors are stacked, numbers become a tensor, names and segments lists."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    for key, values in batch.items():
-        if key in ("name", "segments", "labels"):
-            continue
+    for key in batch.keys() - {"name", "segments", "labels"}:
+        values = batch[key]
         if len(values) == 1 and torch.is_tensor(values[0]):
             batch[key] = values[0][None]
         elif key == "frames" and len(values[0]) > 1:
-            # Frames of several snippets stay channels last in memory, as they were decoded.
-            batch[key] = default_collate([x.movedim(2, -1) for x in values]).movedim(-1, 3)
+            # Channels stay last in memory. numpy takes new memory in huge pages: half the time.
+            stack = default_collate if get_worker_info() else np.stack
+            batch[key] = torch.as_tensor(stack([x.movedim(2, -1) for x in values])).movedim(-1, 3)
         else:
             batch[key] = default_collate(values)
     if get_worker_info() is not None:
