@@ -414,7 +414,7 @@ def _read_ground_truth(data, name, subset, notes):
 
 def _durations(infos):
     """Return the seconds of videos, NaN where they are unknown: nothing above 0."""
-    seconds = np.array([info.get("duration") for info in infos], np.float64)
+    seconds = np.array([info.get("duration") for info in infos], np.float64).reshape(len(infos))
     if np.isinf(seconds).any() or not all(isinstance(info["subset"], str) for info in infos):
         raise ValueError
     return np.where(seconds > 0, seconds, np.nan)
@@ -550,11 +550,11 @@ def write_atomic(path, write, host=""):
             os.remove(part)
 
 
-def refuse_to_replace(path, mark):
-    """Raise InputError if there is such a file, and `mark` is not in its first 1000 bytes."""
+def refuse_to_replace(path, mark, at=0):
+    """Raise InputError if there is such a file, and `mark` does not begin by byte `at`."""
     if path and os.path.lexists(path):
         with suppress(OSError), open(path, "rb") as file:
-            if mark.encode() in file.read(1000):
+            if mark.encode() in file.read(at + len(mark.encode())):
                 return
         raise InputError(f"{path} already exists, of another program: name another file")
 
@@ -977,7 +977,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", metavar="FILE", help="write the numbers at full precision")
     args = parser.parse_args(argv)
     try:
-        refuse_to_replace(args.json, MARK)
+        refuse_to_replace(args.json, f'{{\n "made_by": "{MARK}')
         options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
         options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
         metrics = evaluate(args.gt, args.pred, **options)
