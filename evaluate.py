@@ -842,6 +842,8 @@ def evaluate(
     }
     if predicted.label is not None:
         metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall)
+        if analysis and (untimed := np.isnan(truth.durations).sum()):
+            notes.append(f"{untimed} of the videos lack a duration: no mAP by length")
     if ar:
         metrics["AR"] = _average_recall(truth, predicted, ar, notes)
     metrics["warnings"] = notes
@@ -921,11 +923,9 @@ def report(metrics: Mapping) -> str:
             name = f"{row['from']:.1f} to {row['to']:.1f}: {row['segments']} segments"
             rows[name] = values or [None] * (len(m["mAP"]) + 1)
         tables.append((["mAP (%) by length / video", *m["mAP"], "average"], rows))
-    text = (
-        f"evaluated {m['evaluated_videos']} of {m['ground_truth_videos']} ground-truth videos of "
-    )
-    text += f"subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments, "
-    text += f"{m['classes']} classes\nclass labels from: {m['class_source']}"
+    text = f"evaluated {m['evaluated_videos']} of {m['ground_truth_videos']} ground-truth videos"
+    text += f" of subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments"
+    text += f", {m['classes']} classes\nclass labels from: {m['class_source']}"
     if m["ambiguous"]:
         text += f"\nambiguous, hence no segment of these, and no error there: {m['ambiguous']}"
     for header, rows in tables:

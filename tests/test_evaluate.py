@@ -1066,6 +1066,7 @@ def test_strings_and_missing_durations_are_accepted(unknown):
     out = ev.evaluate(truth, found)
     assert out["average_mAP"] == 0.5
     assert not any(row["segments"] for row in out["by_length"])
+    assert out["warnings"] == ["2 of the videos lack a duration: no mAP by length"]
 
 
 # ----------------------------------------------------------------------------------------- program
