@@ -110,7 +110,7 @@ def remove_stale_parts(folder, host=""):
     for part in list(pathlib.Path(folder).rglob(f"*.part-{host}*")):
         name, _, pid = part.name.rpartition(f".part-{host}")
         if name.endswith(suffixes) and pid.isdigit() and not is_alive(int(pid)):
-            part.unlink()
+            part.unlink(missing_ok=True)  # another start may do the same
 
 
 def is_alive(pid):

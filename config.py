@@ -264,7 +264,7 @@ CHOICES = {
 }
 # Other numbers are above 0 unless their default is 0, and whole if their default is.
 MAY_BE_ZERO = {"momentum", "weight_decay", "class_weight", "shift_div", "workers", "positions"}
-MAY_BE_ZERO |= {"context_bins", "checkpoint_sec", "confidence_power", "dropout", "layers"}
+MAY_BE_ZERO |= {"checkpoint_sec", "confidence_power", "dropout", "layers"}
 MAY_BE_ZERO |= {"window_overlap", "decay_above"}
 AT_MOST_1 = {"val_share", "crop", "window_overlap", "decay_above", "voting", "tiou_thresholds"}
 

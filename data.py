@@ -455,7 +455,7 @@ class CyclicFidelitySampler:
     def __post_init__(self):
         for total, part in (self.num_videos, self.group_size), (self.batch_size, self.world_size):
             if total < 1 or total % part:
-                raise InputError(f"{self}: {total} does not divide by {part}")
+                raise InputError(f"{total} samples, expected a multiple of {part} above 0: {self}")
         self.cycle_length = self.cycle_length or {"epoch": 1, "batch": 16}[self.cycle]
         self.steps_per_epoch = math.ceil(self.num_videos / self.batch_size)
         self.set_epoch(0)

@@ -414,7 +414,7 @@ def _read_ground_truth(data, name, subset, notes):
 
 def _durations(infos):
     """Return the seconds of videos, NaN where they are unknown: nothing above 0."""
-    seconds = np.array([info.get("duration") for info in infos], np.float64)
+    seconds = np.array([info.get("duration") for info in infos], np.float64).reshape(len(infos))
     if np.isinf(seconds).any() or not all(isinstance(info["subset"], str) for info in infos):
         raise ValueError
     return np.where(seconds > 0, seconds, np.nan)
@@ -550,11 +550,11 @@ def write_atomic(path, write, host=""):
             os.remove(part)
 
 
-def refuse_to_replace(path, mark):
-    """Raise InputError if there is such a file, and `mark` is not in its first 1000 bytes."""
+def refuse_to_replace(path, mark, at=0):
+    """Raise InputError if there is such a file, and `mark` does not begin by byte `at`."""
     if path and os.path.lexists(path):
         with suppress(OSError), open(path, "rb") as file:
-            if mark.encode() in file.read(1000):
+            if mark.encode() in file.read(at + len(mark.encode())):
                 return
         raise InputError(f"{path} already exists, of another program: name another file")
 
@@ -842,6 +842,8 @@ def evaluate(
     }
     if predicted.label is not None:
         metrics = _score_detections(truth, predicted, thresholds, metrics, analysis, recall)
+        if analysis and (untimed := np.isnan(truth.durations).sum()):
+            notes.append(f"{untimed} of the videos lack a duration: no mAP by length")
     if ar:
         metrics["AR"] = _average_recall(truth, predicted, ar, notes)
     metrics["warnings"] = notes
@@ -921,11 +923,9 @@ def report(metrics: Mapping) -> str:
             name = f"{row['from']:.1f} to {row['to']:.1f}: {row['segments']} segments"
             rows[name] = values or [None] * (len(m["mAP"]) + 1)
         tables.append((["mAP (%) by length / video", *m["mAP"], "average"], rows))
-    text = (
-        f"evaluated {m['evaluated_videos']} of {m['ground_truth_videos']} ground-truth videos of "
-    )
-    text += f"subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments, "
-    text += f"{m['classes']} classes\nclass labels from: {m['class_source']}"
+    text = f"evaluated {m['evaluated_videos']} of {m['ground_truth_videos']} ground-truth videos"
+    text += f" of subset {m['subset']!r}: {m['predictions']} predictions, {m['segments']} segments"
+    text += f", {m['classes']} classes\nclass labels from: {m['class_source']}"
     if m["ambiguous"]:
         text += f"\nambiguous, hence no segment of these, and no error there: {m['ambiguous']}"
     for header, rows in tables:
@@ -977,7 +977,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--json", metavar="FILE", help="write the numbers at full precision")
     args = parser.parse_args(argv)
     try:
-        refuse_to_replace(args.json, MARK)
+        refuse_to_replace(args.json, f'{{\n "made_by": "{MARK}')
         options = {"subset": args.subset, "thresholds": args.tiou, "recall": args.recall}
         options |= {"ar": args.ar == [] or args.ar, "interpolate": not args.no_interpolation}
         metrics = evaluate(args.gt, args.pred, **options)

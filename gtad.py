@@ -207,9 +207,9 @@ class _SnippetLayer(torch.autograd.Function):
 
 
 def _by_bin(weight, bins, dtype):
-    """Return parts (C, bins, wide), views of one tensor, of a weight (wide, C * sum(bins), ...)."""
-    rows = weight.detach().flatten(1).t().to(dtype, memory_format=torch.contiguous_format)
-    return rows.contiguous().view(-1, sum(bins), len(weight)).split(bins, dim=1)
+    """Return parts (C, bins, wide), views of one copy, of a weight (wide, C * sum(bins), ...)."""
+    x = weight.detach().flatten(1).t().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return x.view(-1, sum(bins), len(weight)).split(bins, dim=1)
 
 
 class _SparseLayer(torch.autograd.Function):

@@ -255,10 +255,11 @@ def test_the_list_is_written_beside_the_annotations_and_nothing_over(messy, tmp_
     printed = capsys.readouterr().out
     assert "6 problems, listed in" in printed
     assert "1 x segment ends before it starts (left out)" in printed
-    (tmp_path / "mine.txt").write_text("notes")
+    notes = f"my notes on\n{check_data.MARK}"
+    (tmp_path / "mine.txt").write_text(notes)
     with pytest.raises(SystemExit, match="already exists, of another program"):
         main([*command, "--problems", str(tmp_path / "mine.txt")])
-    assert (tmp_path / "mine.txt").read_text() == "notes"
+    assert (tmp_path / "mine.txt").read_text() == notes
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(messy, tmp_path):

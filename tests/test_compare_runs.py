@@ -116,7 +116,7 @@ def test_what_is_no_run_is_one_clear_error(tmp_path, monkeypatch, run, message):
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path, option, name):
     write(tmp_path / "run" / "metrics.json", 0.5)
     (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("What came out:\n\n| mAP (%) | @0.5 |\n|---|---:|\n")
     before = (tmp_path / name).read_bytes()
     with pytest.raises(SystemExit, match=f"{name} already exists"):
         compare_runs.main([str(tmp_path / "run"), option, str(tmp_path / name)])

@@ -248,6 +248,7 @@ def test_every_key_is_read_by_something():
         "gtad.map_hidden=[64]",
         "gtad.map_hidden=[64, -1]",
         "gtad.gcn_groups=5",
+        "gtad.context_bins=0",
         "gtad.stem_groups=3",
         "bmn.map_hidden=[]",
         "bmn.groups=3",

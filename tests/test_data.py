@@ -551,7 +551,7 @@ def test_samples_of_a_group_stay_in_one_batch():
     assert sorted(order) == list(range(12)) and order != list(range(12))
     pairs = zip(order[::2], order[1::2], strict=True)
     assert all(i % 2 == 0 and j == i + 1 for i, j in pairs)
-    with pytest.raises(ValueError, match="7 does not divide by 2"):
+    with pytest.raises(ValueError, match="7 samples, expected a multiple of 2"):
         data.CyclicFidelitySampler(7, 4, [S], group_size=2)
 
 
@@ -563,7 +563,7 @@ def test_ranks_share_fidelities_and_split_the_global_batch():
         for r in range(2)
     ]
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
-    with pytest.raises(ValueError, match="4 does not divide by 3"):
+    with pytest.raises(ValueError, match="4 samples, expected a multiple of 3"):
         data.CyclicFidelitySampler(10, 4, [S], world_size=3)
 
 

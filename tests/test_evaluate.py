@@ -1020,6 +1020,7 @@ def ground_truth(**info):
             "entry 0: expected .* segment",
         ),
         (annotations(ONE, {"a": "long"}), "video 'a': expected .*duration .*'long'"),
+        (annotations(ONE, {"a": [1, 2]}), r"video 'a': expected .*duration .*\[1, 2\]"),
     ],
 )
 def test_bad_ground_truth(truth, message):
@@ -1065,6 +1066,7 @@ def test_strings_and_missing_durations_are_accepted(unknown):
     out = ev.evaluate(truth, found)
     assert out["average_mAP"] == 0.5
     assert not any(row["segments"] for row in out["by_length"])
+    assert out["warnings"] == ["2 of the videos lack a duration: no mAP by length"]
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -1122,7 +1124,7 @@ def test_report_by_hand():
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path, files, name):
     run = ev.evaluate(files[1], files[3]) | {"seed": 0, "seconds": 1.5}
     write(tmp_path / "metrics.json", run)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("scored with python evaluate.py --json metrics.json")
     (tmp_path / "folder").mkdir()
     path = tmp_path / name
     before = path.read_bytes() if path.is_file() else None

@@ -90,6 +90,7 @@ def test_neighbours_are_nearest_itself_first_ties_to_the_lower_index():
         ({"durations": 5}, 12),
         ({"durations": 9}, 7),
         ({"map_hidden": (130, 8)}, 24),
+        ({"map_hidden": (1, 8)}, 9),
     ],
 )
 def test_folded_head_is_the_materialised_one(settings, L):

@@ -224,16 +224,19 @@ def test_what_the_rest_takes_is_told_and_a_small_disk_stops_the_work(tmp_path, m
     assert told == pytest.approx([size / 1e9] * 2, rel=0.1) and "0.0 h to go" in logged[0]
 
     shutil.rmtree(out)
-    # 7 of 12 are left, then 2: of each of two machines that share the disk.
+    # 7 of 12 are left, then 2; but another machine has twelve to write to this disk.
     free = size * 7 // 12
     made, _ = prepare_data.prepare(videos, out, SETTINGS, 0, logged.append)
     assert len(made) == 12
     shutil.rmtree(out)
+    others = [f"other-{i}" for i in range(12)]
     with pytest.raises(InputError, match=r"out: about \S+ GB more needed, \S+ GB free: make room"):
-        prepare_data.prepare(videos, out, SETTINGS, 0, logged.append, shards=2)
+        prepare_data.prepare(videos, out, SETTINGS, 0, logged.append, others)
     assert len(os.listdir(out)) == 5
-    # Room is made, and it goes on: with the other 7, of which 2 are left after 5.
-    made, _ = prepare_data.prepare(videos, out, SETTINGS, 0, logged.append, shards=2)
+    # That one is done: what it wrote needs no more room.
+    for name in others:
+        Path(f"{out}/{name}.zip").touch()
+    made, _ = prepare_data.prepare(videos, out, SETTINGS, 0, logged.append, others)
     assert len(made) == 7 and logged[-1].startswith("5 of 7 prepared")
 
 
@@ -271,7 +274,10 @@ def test_shards_are_disjoint_and_complete_and_stay_when_videos_come(tmp_path, ca
         args = [prepare_data.parse_args(command) for _ in range(count)]
         for i, one in enumerate(args, 1):
             one.shard = prepare_data.read_shard(f"{i}/{count}")
-        return [prepare_data.find_videos(one) for one in args]
+        found = [prepare_data.find_videos(one) for one in args]
+        everything = {name for videos, _, _ in found for name in videos}
+        assert all(others == everything - videos.keys() for videos, others, _ in found)
+        return [(videos, missing) for videos, _, missing in found]
 
     before = parts(3)
     names = [name for found, _ in before for name in found]

@@ -169,6 +169,7 @@ def test_both_playbacks_of_a_clip_are_in_one_batch_and_look_alike(tmp_path):
     dataset = ClipDataset(clips.train, train=True, seed=3, **views)
     group = {"group_size": dataset.group_size}
     sampler = data.CyclicFidelitySampler(len(dataset), 4, [LOW], **group)
+    looks = {clip.path: set() for clip in clips.train}
     for epoch in range(3):
         sampler.set_epoch(epoch)
         for batch in data.BatchLoader(dataset, sampler, 0, torch.device("cpu")):
@@ -176,6 +177,10 @@ def test_both_playbacks_of_a_clip_are_in_one_batch_and_look_alike(tmp_path):
             assert batch["label"].tolist() == [0, 1, 0, 1]
             assert torch.equal(batch["frames"][::2], batch["frames"][1::2].flip(2))
             assert batch["frames"].float().std() > 30
+            for name, x in zip(batch["name"], batch["frames"], strict=True):
+                looks[name].add(x.sum().item())
+    # The other playback is the same frames, another epoch is not.
+    assert [len(sums) for sums in looks.values()] == [3] * 6
     clips = pretrain.load_clips("acp", {"source": str(tmp_path), "media": None})
     assert ClipDataset(clips.train, frames=4, stride=2).group_size == 1
 

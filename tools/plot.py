@@ -99,7 +99,7 @@ def save(figure, path):
     """Write a PNG. Raises InputError if anything but a picture of ours has this name."""
     if not path.endswith(".png"):
         raise InputError(f"{path}: expected a name that ends in .png")
-    refuse_to_replace(path, SOFTWARE)
+    refuse_to_replace(path, SOFTWARE, at=50)  # among the first things that a PNG tells
     write_atomic(path, lambda file: figure.savefig(file, metadata={"Software": SOFTWARE}))
 
 

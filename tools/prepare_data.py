@@ -140,11 +140,11 @@ def _prepare_job(job):
 class Estimate:
     """What the videos still to prepare take, by the mean of those made; logged at 5, 10, 20, ...
 
-    todo: how many there are; shards: so many programs at once write as much to the folder `out`.
+    todo: how many there are; others: the ZIPs that other programs write to the folder `out`, too.
     """
 
-    def __init__(self, out, todo, shards, log):
-        self.out, self.todo, self.shards, self.log = out, todo, shards, log
+    def __init__(self, out, todo, others, log):
+        self.out, self.todo, self.others, self.log = out, todo, others, log
         self.started = time.monotonic()
         self.made = self.bytes = 0
 
@@ -163,8 +163,9 @@ class Estimate:
                 raise self.too_small()
 
     def needed(self):
-        """Return how many bytes more all shards need."""
-        return self.bytes / max(self.made, 1) * (self.todo - self.made) * self.shards
+        """Return how many bytes more all shards need: not those that are done already."""
+        left = self.todo - self.made + sum(not os.path.lexists(path) for path in self.others)
+        return self.bytes / max(self.made, 1) * left
 
     def too_small(self):
         free = f"{1e-9 * shutil.disk_usage(self.out).free:.3g} GB"
@@ -173,12 +174,12 @@ class Estimate:
         return InputError(f"{self.out}: {needed} needed, {free} free: {what}")
 
 
-def prepare(videos, out, settings, workers, log=print, shards=1):
+def prepare(videos, out, settings, workers, log=print, others=()):
     """Prepare {video name: path} into the folder `out`: ([names made], {name: why it failed}).
 
     Works in `workers` processes; 0: in this one. What is there and whole is skipped; a video that
-    fails is logged and does not stop the others. Raises InputError if the disk is too small; it is
-    shared with so many `shards`.
+    fails is logged and does not stop the others. Raises InputError if the disk is too small for
+    these and the `others`, names of videos that other shards prepare.
     """
     try:
         os.makedirs(out, exist_ok=True)
@@ -191,7 +192,7 @@ def prepare(videos, out, settings, workers, log=print, shards=1):
     made = []
     failed = {}
     todo = sum(not os.path.lexists(target) for _, target, _ in jobs.values())
-    estimate = Estimate(out, todo, shards, log)
+    estimate = Estimate(out, todo, [f"{out}/{name}.zip" for name in others], log)
     for name, note, error in run_jobs(_prepare_job, jobs, workers, f"prepare {out}"):
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             raise estimate.too_small()
@@ -207,7 +208,7 @@ def prepare(videos, out, settings, workers, log=print, shards=1):
 
 
 def find_videos(args):
-    """Return the videos to prepare, {name: path}, and the names of those that are missing."""
+    """Return the videos to prepare, {name: path}, the names of other shards', and missing ones."""
     if not os.path.isdir(args.videos):
         raise InputError(f"no folder {args.videos}: set --videos to the folder of video files")
     names = None
@@ -225,9 +226,9 @@ def find_videos(args):
         raise InputError(f"none of {len(names)} videos in {args.videos}: expected, say, {example}")
     # By its name, however spelt: a video that comes later moves no other.
     index, shards = args.shard
-    names = [n for n in names if seed_of("shard", n.removeprefix("v_")) % shards == index - 1]
-    missing = [name for name in names if name not in found]
-    return {name: found[name] for name in names if name in found}, missing
+    own = [n for n in names if seed_of("shard", n.removeprefix("v_")) % shards == index - 1]
+    videos = {name: found[name] for name in own if name in found}
+    return videos, found.keys() - videos.keys(), [name for name in own if name not in found]
 
 
 def read_shard(text):
@@ -283,12 +284,11 @@ def main(argv=None):
     with one_line_errors("tools.prepare_data"):
         settings = read_settings(args)
         args.shard = read_shard(args.shard)
-        videos, missing = find_videos(args)
+        videos, others, missing = find_videos(args)
         if missing:
             counts = f"{len(missing)} of {len(videos) + len(missing)}"
             print(f"{counts} videos are not in {args.videos}: {first_names(missing)}")
-        shards = args.shard[1]
-        made, failed = prepare(videos, args.out, settings, args.workers, tqdm.write, shards)
+        made, failed = prepare(videos, args.out, settings, args.workers, tqdm.write, others)
         skipped = len(videos) - len(made) - len(failed)
         counts = f"{len(made)} prepared, {skipped} already prepared, {len(failed)} failed"
         print(f"{args.out}: {counts}, {len(missing)} missing")
