@@ -80,6 +80,7 @@ class Video:
 
 
 MAX_RATIO = 2000  # of features' bytes to their file's, which may declare any; gzip reaches 1000
+MAX_SECONDS = 1e9  # of a video: 30 years
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
@@ -120,7 +121,7 @@ def _parse_database(content):
             labels = [annotation["label"] for annotation in annotations]
             segments = np.array([annotation["segment"] for annotation in annotations], np.float64)
             segments = segments.reshape(len(labels), 2)
-            if duration <= 0 or math.isinf(duration) or not isinstance(entry["subset"], str):
+            if duration <= 0 or duration >= MAX_SECONDS or not isinstance(entry["subset"], str):
                 raise ValueError(f"duration {duration}, subset {entry['subset']}")
             if not all(isinstance(label, (str, int, float)) for label in labels):
                 raise ValueError(f"labels {labels}, expected text")
@@ -277,7 +278,7 @@ def _read_rows(path, train, val, share):
 def class_names(videos: list[Video]) -> list[str]:
     """Return the labels of the usable segments, sorted."""
     # Without a known duration any end is taken to lie in the video.
-    known = [replace(v, duration=1e9) if math.isnan(v.duration) else v for v in videos]
+    known = [replace(v, duration=MAX_SECONDS) if math.isnan(v.duration) else v for v in videos]
     labels = set().union(*(video.annotated[1] for video in known))
     return sorted(label for label in labels if not is_ambiguous(label))
 
@@ -406,8 +407,8 @@ def fill_durations(videos, durations=None, features=(), paths=()):
 
 def _parse_durations(content):
     known = {name: float(seconds) for name, seconds in content.items()}
-    if wrong := {name: sec for name, sec in known.items() if not 0 < sec < math.inf}:
-        raise ValueError(f"{wrong!s:.80}, expected numbers above 0")
+    if wrong := {name: sec for name, sec in known.items() if not 0 < sec < MAX_SECONDS}:
+        raise ValueError(f"{wrong!s:.80}, expected seconds above 0, below {MAX_SECONDS:.0e}")
     return known
 
 

@@ -466,6 +466,9 @@ def test_durations_that_annotations_lack_come_from_elsewhere(tmp_path):
     videos = select(features, "features")
     assert [v.duration for v in videos] == [5, 8]
     assert videos[1].actions[0].tolist() == [[0.125, 0.25]]
+    (tmp_path / "d.json").write_text('{"v": 1e300}')
+    with pytest.raises(InputError, match=r"d\.json.*expected seconds above 0, below 1e\+09"):
+        select(features, "features", durations=str(tmp_path / "d.json"))
     (tmp_path / "d.json").write_text('{"v_v": "10", "w": 20}')
     videos = select(features, "features", durations=str(tmp_path / "d.json"))
     assert [v.duration for v in videos] == [10, 20]
