@@ -292,10 +292,10 @@ def encode(frame):
     return JpegEncoder(frame).to_tensor(quality=92).numpy().tobytes()
 
 
-def write_zip(path, frames, fps=FPS):
+def write_zip(path, frames):
     """Write frames (F, 3, H, W) uint8 as a ZIP of a video, with their sizes: it reads faster."""
     jpegs = {number: encode(frame) for number, frame in enumerate(frames)}
-    info = {"fps": fps, "num_frames": len(frames), "duration_sec": len(frames) / fps}
+    info = {"fps": FPS, "num_frames": len(frames), "duration_sec": len(frames) / FPS}
     sizes = {"short_sides": [frames.shape[2]], "bytes": [[len(jpeg) for jpeg in jpegs.values()]]}
     write_frame_zip(path, {**info, "frames": list(jpegs), **sizes}, [jpegs])
 
@@ -348,8 +348,8 @@ def make_toy(out, toy, workers=None):
         problem = f"{out} already exists with {different if made else 'other content'}"
         raise InputError(f"{problem}:\nname another --out, or remove that folder yourself")
     part = f"{out}.part-{os.getpid()}"
-    counts = {kind: n + m for kind, (n, m, _) in list_kinds(toy).items()}
-    jobs = {(kind, i): (kind, i) for kind, count in counts.items() for i in range(count)}
+    items = [(kind, i) for kind, (n, m, _) in list_kinds(toy).items() for i in range(n + m)]
+    jobs = dict(zip(items, items, strict=True))
     write = partial(write_item, folder=part, toy=toy)
     workers = min(available_cores(), 16) if workers is None else workers
     made = {}
@@ -360,9 +360,8 @@ def make_toy(out, toy, workers=None):
                 raise error
             made[item] = annotation
         database = {f"toy_{i:05d}": made["video", i] for i in range(toy.train + toy.val)}
-        annotations = {"version": "toy", "database": database}
-        for name, content in {"annotations": annotations, "toy": settings}.items():
-            save_json(content, f"{part}/{name}.json")
+        save_json({"version": "toy", "database": database}, f"{part}/annotations.json")
+        save_json(settings, f"{part}/toy.json")
         os.rename(part, out)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from None
