@@ -51,6 +51,11 @@ def write_frame_zip(file, info, jpegs):
                 archive.writestr(zipfile.ZipInfo(name), jpeg)
 
 
+def encode_jpeg(frame, quality=92):
+    """Return a frame (3, H, W) uint8 as the bytes of a JPEG."""
+    return JpegEncoder(frame).to_tensor(quality=quality).numpy().tobytes()
+
+
 def shrink(frame, short_side):
     """Return a frame (3, H, W) uint8 with its short side at most `short_side` pixels."""
     scale = short_side / min(frame.shape[1:])
@@ -72,8 +77,7 @@ def encode_copies(video, numbers, settings):
         for copy, side in enumerate(short_sides):
             # A shrunken frame has more detail a pixel, which takes longer to decode.
             quality = max(settings["quality"] - 5, 1) if copy else settings["quality"]
-            jpeg = JpegEncoder(shrink(frame, side)).to_tensor(quality=quality)
-            jpegs[copy][number] = jpeg.numpy().tobytes()
+            jpegs[copy][number] = encode_jpeg(shrink(frame, side), quality)
     return short_sides, jpegs[: len(short_sides)]
 
 
