@@ -1,7 +1,7 @@
 """Render the records of finished rows as Markdown: tables, and a verdict on each of the claims.
 
-Rows, tables and claims stand in tables.yaml, the fixed prose in report_notes.md, and what the
-authors read in the project's own results in notes_TOY.md.
+Rows, tables and claims stand in tables.yaml, the fixed prose in report_notes.md, and what somebody
+reads in the results in notes_TOY.md beside them.
 """
 
 import json
@@ -185,23 +185,15 @@ def count_line(tests, claims):
 
 def memory_lines(measured, study):
     """Return verdicts on claims about memory, which has no spread worth a test, from 3 seeds on."""
-    gb = {}
+    text = ""
     for key, rows in study.memory.items():
         peaks = [measured.combine({row: 1}, "peak_memory_gb") for row in rows]
-        gb[key] = [values.mean() for values in peaks if len(values) >= 3]
-    ratios = {}
-    if len(gb["alike"]) == len(study.memory["alike"]):
-        ratios["alike"] = max(gb["alike"]) / min(gb["alike"])
-        ratios |= {"cycles": 1.0} if gb["cycles"] else {}
-    if len(gb["less"]) == 2:
-        ratios["less"] = gb["less"][1] / gb["less"][0]
-    text = ""
-    for key, ratio in ratios.items():
-        holds = ratio > 1 if key == "less" else ratio <= 1.2
-        decimals = 3 if key == "less" else 2
-        sizes = " / ".join(f"{size:.{decimals}f}" for size in gb[key]) + " GB"
-        verdict = "reproduced" if holds else "not reproduced"
-        text += study.texts[key].format(sizes=sizes, ratio=ratio, verdict=verdict)
+        if all(len(values) >= 3 for values in peaks):
+            gb = [values.mean() for values in peaks]
+            ratio = gb[1] / gb[0] if key == "less" else max(gb[:3]) / min(gb[:3])
+            holds = ratio > 1 if key == "less" else ratio <= 1.2
+            verdict = "reproduced" if holds else "not reproduced"
+            text += study.texts[key].format(gb=gb, ratio=ratio, verdict=verdict)
     return text.strip()
 
 
@@ -268,9 +260,7 @@ def sensitivity_table(records, study):
 
 def made_by(toy, records, study):
     """Return with which commands, on which seeds, commits and machines the records were made."""
-    name, *knobs = toy.split()
-    command = study.toys[name]["command"]
-    command += f" --knob {shlex.join(knobs)}" if knobs else ""
+    command = study.toys[toy]["command"]
     overrides = dict.fromkeys(word for record in records for word in record["overrides"])
     command += f" --set {shlex.join(overrides)}" if overrides else ""
     if any(record["setting"] for record in records):
@@ -282,11 +272,11 @@ def made_by(toy, records, study):
     return study.texts["made"].format(commands=command, seeds=seeds, runs=len(records), **values)
 
 
-def toy_section(toy, records, study, with_notes=False):
-    """Return what there is to say of one toy."""
+def toy_section(toy, records, study, folder):
+    """Return what there is to say of one toy, with remarks from `folder`."""
     measured = Measurements([record for record in records if not record["setting"]], study)
-    path = HERE / f"notes_{toy}.md"
-    notes = path.read_text("utf-8") if with_notes and path.exists() else ""
+    path = pathlib.Path(folder, f"notes_{toy}.md")
+    notes = path.read_text("utf-8") if path.exists() else ""
     in_short, heading, at_length = notes.partition("### ")
     parts = [f'## Toy "{toy}"', made_by(toy, records, study)]
     tests = judge(measured, study.claims)
@@ -311,18 +301,13 @@ def toy_section(toy, records, study, with_notes=False):
     return "\n\n".join(part for part in parts if part)
 
 
-def render(records, study, with_notes=False):
-    """Return the whole report, from records alone; with_notes: with the authors' remarks."""
+def render(records, study, folder):
+    """Return the whole report, from records and the remarks in their folder alone."""
     records = list(records.values())
-    toys = {record["toy"] for record in records}
     sections = []
-    for toy in sorted(toys, key=lambda toy: (list(study.toys).index(toy.split()[0]), toy)):
+    for toy in study.toys:
         own = [record for record in records if record["toy"] == toy]
-        sections.append(toy_section(toy, own, study, with_notes))
-    overlap = "which are not among these"
-    if {record["seed"] for record in records} & set(study.design_seeds):
-        overlap = "some of which are among these: other seeds decide"
-    text = (HERE / "report_notes.md").read_text("utf-8")
-    design_seeds = listed(study.design_seeds)
-    text = text.format(toys="\n\n".join(sections), design_seeds=design_seeds, overlap=overlap)
+        if own:
+            sections.append(toy_section(toy, own, study, folder))
+    text = (HERE / "report_notes.md").read_text("utf-8").format(toys="\n\n".join(sections))
     return f"{MARK}\n\n{text}"

@@ -6,7 +6,6 @@ peak_memory_gb (on a CPU above idle_memory_gb, that of an idle process); paramet
 trained beside its head); top1; probe; class_source, device, machine, threads, torch, git, date.
 """
 
-import contextlib
 import fcntl
 import functools
 import glob
@@ -28,36 +27,26 @@ key_of = operator.itemgetter("toy", "setting", "seed", "row")  # tells a record 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "mean", "std")
 
 
-@contextlib.contextmanager
-def locked(path, wait=True):
-    """Hold a lock file; yield its descriptor, with which children hold it, too."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        hint = "wait for the reproduce.tables that uses this folder, or name another"
-        raise InputError(f"{path} cannot be locked ({error.strerror}): {hint}") from None
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def read_records(folder):
     """Return a folder's records {key: record}, none of a new one; InputError for other files."""
+    evaluate.refuse_to_replace(f"{folder}/README.md", MARK)
+    path = f"{folder}/results.json.gz"
+    if not os.path.exists(path):
+        return {}
     try:
-        if os.path.exists(f"{folder}/README.md"):
-            with open(f"{folder}/README.md", encoding="utf-8") as file:
-                if not file.readline().startswith(MARK):
-                    raise ValueError
-        if not os.path.exists(f"{folder}/results.json.gz"):
-            return {}
-        with gzip.open(f"{folder}/results.json.gz") as file:
+        with gzip.open(path) as file:
             return {key_of(record): record for record in json.load(file)[MARK]}
     except (ValueError, KeyError, TypeError, OSError, EOFError):
-        problem = f"{folder}: README.md or results.json.gz is not of reproduce.tables"
-        raise InputError(f"{problem}: name another --results") from None
+        raise InputError(f"{path} is of another program: name another --results") from None
+
+
+def open_to_append(path):
+    """Open a file to append to, in a folder made if missing; InputError if that fails."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "a")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def update(folder, render, record=None):
@@ -65,7 +54,8 @@ def update(folder, render, record=None):
 
     Several programs may add to one folder at the same time; the same records give the same bytes.
     """
-    with locked(f"{folder}/.results.lock"):
+    with open_to_append(f"{folder}/.results.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         records = read_records(folder)
         if record:
             records[key_of(record)] = record

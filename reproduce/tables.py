@@ -3,7 +3,7 @@
     python -m reproduce.tables                           the small toy, five seeds: hours
     python -m reproduce.tables --tables 1 2 --seeds 21   some of it
     python -m reproduce.tables --toy large --tables 1 2  for one GPU
-    python -m reproduce.tables --sensitivity             Table 1, one of the toy's knobs turned
+    python -m reproduce.tables --sensitivity --seeds 21  Table 1, one of the toy's knobs turned
     python -m reproduce.tables --render                  only the report of what is recorded
 
 A seed draws data, encoders and heads. Each row is one run of lofi_tal.py; rows share what they have
@@ -12,7 +12,6 @@ Rerun the same command to resume: what has a record, or a finished run, of the s
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +23,6 @@ import sys
 import time
 
 import torch
-import yaml
 
 import config
 from checkpoint import RunFolder, load_json
@@ -122,30 +120,20 @@ class Campaign:
         self.gpus = visible_gpus(cfg)
         self.device = "cuda" if self.gpus else "cpu"
         self.sizes = {"quarter": max(cfg.video.snippets // 4, 1), "twice": 2 * cfg.lofi.epochs}
-        words = [word.partition("=") for word in args.knob]
-        knobs = {name: yaml.safe_load(value) for name, _, value in words}
-        defaults = Toy(**toy["knobs"]).settings()
-        defaults = {name: defaults[name] for name in defaults.keys() - {"seed", "version"}}
-        self.toy = Toy(**config.merge(defaults, knobs, "--knob "))
-        # Another toy has a name, folders and records of its own.
-        texts = sorted(word.replace(" ", "") for word in args.knob)
-        self.label = " ".join([args.toy, *texts])
-        suffix = "".join(f"-{text}" for text in texts).translate(str.maketrans(",", "_", "=[]"))
-        self.data = args.data or f"data/{toy['folder']}{suffix}"
-        self.runs = args.runs or f"runs/{toy['folder']}{suffix}"
-
-        tables = args.tables or ([] if args.sensitivity else list(study.tables))
-        seeds = (args.seeds or toy["seeds"]) if tables else []
-        extra = args.sensitivity_seeds if args.sensitivity else []
-        if len({*seeds, *extra}) > 1 and not ("{seed}" in self.data and "{seed}" in self.runs):
-            raise InputError(f"{self.data} and {self.runs}: several seeds need {{seed}} in both")
+        self.toy = Toy(**toy["knobs"])
+        self.data = args.data or f"data/{toy['folder']}"
+        self.runs = args.runs or f"runs/{toy['folder']}"
         self.slots = args.jobs or len(self.gpus) or min(available_cores(), 4)
+
+        seeds = args.seeds or toy["seeds"]
+        if len(seeds) > 1 and not ("{seed}" in self.data and "{seed}" in self.runs):
+            raise InputError(f"{self.data} and {self.runs}: several seeds need {{seed}} in both")
         self.jobs = {}
-        for table in tables:
+        for table in args.tables or ([] if args.sensitivity else study.tables):
             for seed in seeds:
                 self._add(None, seed, study.tables[table]["rows"])
-        for setting in [None, *study.settings]:
-            for seed in extra:
+        for setting in [None, *study.settings] if args.sensitivity else []:
+            for seed in seeds:
                 self._add(setting, seed, study.compared)
 
     def _add(self, setting, seed, rows):
@@ -216,7 +204,7 @@ class Campaign:
         """Raise InputError for a record or a run that was made otherwise than is asked for now."""
         found = {}
         defaults = config.flatten(config.load_config(config.DEFAULT))
-        rows = {(self.label, job.setting, job.row): job for job in self.jobs.values()}
+        rows = {(self.args.toy, job.setting, job.row): job for job in self.jobs.values()}
         expected = {key: self.comparable(job) for key, job in rows.items() if job.row != "data"}
         for (toy, setting, _, row), record in records.items():  # of all seeds: one mean
             if (toy, setting, row) in expected:
@@ -242,19 +230,15 @@ class Campaign:
         """Return the jobs to run: rows without a record, and what they need."""
         pending, needed = set(), set()
         for key, job in reversed(self.jobs.items()):  # each comes after what it needs
-            is_recorded = job.row == "data" or (self.label, *key) in records
+            is_recorded = job.row == "data" or (self.args.toy, *key) in records
             if not is_recorded or (job in needed and not job.is_done()):
                 pending.add(job)
                 needed |= self.needs(job)
         return pending
 
-    def run(self, render, descriptors):
-        """Run all pending jobs; return the exit status.
-
-        descriptors: of locks, which children hold, too.
-        """
-        self.update = functools.partial(results.update, self.args.results, render)
-        self.descriptors = descriptors
+    def run(self, update):
+        """Run all pending jobs, update(record) after each; return the exit status."""
+        self.update = update
         records = results.read_records(self.args.results)
         self.check(records)
         pending = self.pending(records)
@@ -262,7 +246,6 @@ class Campaign:
         print(f"{self.count} of {len(self.jobs)} jobs to run, {self.slots} at once", flush=True)
         waiting = {j: self.needs(j) & pending for j in self.jobs.values() if j in pending}
         failed = schedule(waiting, self.start, self.end, self.slots)
-        self.update()
         for job in failed:
             print(f"failed, or needs one that did: {job}, see {job.run.path}.log", file=sys.stderr)
         return int(bool(failed))
@@ -276,11 +259,10 @@ class Campaign:
         environment = job_environment(slot, self.slots, self.gpus)
         gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if self.gpus else ""
         self.log(job, f"started{gpu}")
-        with open(f"{job.run.path}.log", "a") as log:
+        with results.open_to_append(f"{job.run.path}.log") as log:
             print("$", shlex.join(command), file=log, flush=True)
             output = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-            locks = {"start_new_session": True, "pass_fds": self.descriptors}
-            return subprocess.Popen(command, env=environment, **output, **locks)
+            return subprocess.Popen(command, env=environment, start_new_session=True, **output)
 
     def end(self, job, status, elapsed_sec):
         """Record a finished row; return whether the job did what it should."""
@@ -299,7 +281,7 @@ class Campaign:
 
     def record(self, job):
         """Add a finished row to the records; return its average mAP."""
-        labels = {"toy": self.label, "setting": job.setting, "seed": job.seed, "row": job.row}
+        labels = {"toy": self.args.toy, "setting": job.setting, "seed": job.seed, "row": job.row}
         labels |= {"overrides": self.args.set, "config": self.comparable(job)}
         record = labels | results.make_record(self.config(job))
         self.update(record)
@@ -311,16 +293,14 @@ def parse_args(study, argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    several = {"nargs": "+", "default": [], "action": "extend"}
     add("--tables", nargs="+", choices=list(study.tables), help="all, but with --sensitivity none")
     add("--toy", default="small", choices=list(study.toys))
     add("--seeds", nargs="+", type=int, help="those of the toy in tables.yaml")
-    add("--knob", **several, metavar="NAME=VALUE", help="another toy, as near=0.5, kept apart")
     add("--sensitivity", action="store_true", help="Table 1 with one knob turned at a time")
-    add("--sensitivity-seeds", nargs="+", type=int, default=[21, 22, 23])
     add("--data", help="folder of the toy data, made if missing (data/toy-{seed})")
     add("--runs", help="folder of the runs, one a row (runs/toy-{seed})")
-    add("--set", **several, metavar="KEY=VALUE", help="change config keys of all rows")
+    keys = "change config keys of all rows"
+    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help=keys)
     add("--jobs", type=int, help="rows at once (the number of GPUs, or of cores, up to 4)")
     add("--results", default="runs/reproduce", help="folder of README.md and results.json.gz")
     add("--render", action="store_true", help="only write the report from the records")
@@ -332,23 +312,15 @@ def parse_args(study, argv=None):
 
 def main(argv=None):
     """Run the program; return its exit status."""
-    with config.one_line_errors("reproduce.tables"), contextlib.ExitStack() as locks:
+    with config.one_line_errors("reproduce.tables"):
         study = report.load_study()
         args = parse_args(study, argv)
-        # The authors' remarks speak of the project's own results.
-        ours = os.path.realpath(args.results) == str(report.HERE)
-        render = functools.partial(report.render, study=study, with_notes=ours)
-        status = 0
-        if not args.render:
-            campaign = Campaign(args, study)
-            folders = sorted({job.runs for job in campaign.jobs.values()})
-            paths = [f"{folder}/.tables.lock" for folder in folders]
-            held = [locks.enter_context(results.locked(path, wait=False)) for path in paths]
-            status = campaign.run(render, held)
-        elif os.path.exists(f"{args.results}/results.json.gz"):
-            results.update(args.results, render)
-        else:
+        render = functools.partial(report.render, study=study, folder=args.results)
+        update = functools.partial(results.update, args.results, render)
+        if args.render and not os.path.exists(f"{args.results}/results.json.gz"):
             raise InputError(f"no file {args.results}/results.json.gz to render")
+        status = 0 if args.render else Campaign(args, study).run(update)
+        update()
         print(f"{args.results}/README.md written")
         return status
 

@@ -98,7 +98,7 @@ def test_a_rate_asks_for_as_many_snippets_as_the_video_has_seconds(folder, tmp_p
     prepare_data.prepare_video(folder, f"{tmp_path}/v.zip", {**SETTINGS, "rate": 0.5})
     assert media.open_media(f"{tmp_path}/v.zip").kept.tolist() == [9, 11, 29, 31]
     with pytest.raises(InputError, match=r"rate 0.5, now 1"):
-        prepare_data.is_prepared(f"{tmp_path}/v.zip", {**SETTINGS, "rate": 1})
+        prepare_data.prepare_once((folder, f"{tmp_path}/v.zip", {**SETTINGS, "rate": 1}))
 
 
 def test_small_videos_keep_their_size_and_get_only_smaller_copies(folder, tmp_path):
@@ -259,7 +259,7 @@ def test_a_full_disk_ends_the_work_in_one_line(videos, tmp_path):
     if "AssertionError" in errors:
         pytest.skip("unshare is not permitted")
     assert process.returncode == 1 and errors.count("\n") == 1
-    assert "out: more needed, " in errors and " GB free: make room" in errors
+    assert "out: the disk or your quota is full: make room" in errors
 
 
 def test_shards_are_disjoint_and_complete_and_stay_when_videos_come(tmp_path, capsys):

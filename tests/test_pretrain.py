@@ -16,7 +16,8 @@ import pretrain
 from localizer import Distributed
 from media import InputError
 from pretrain import Clip, ClipDataset
-from tools.make_toy import Toy, encode, make_toy, write_zip
+from tools.make_toy import Toy, make_toy, write_zip
+from tools.prepare_data import encode_jpeg
 from tsm import TSM
 
 DDP = Distributed(0, 1, torch.device("cpu"))
@@ -196,7 +197,7 @@ def test_both_playbacks_of_a_clip_are_in_one_batch_and_look_alike(tmp_path):
 def test_a_clip_without_the_frames_it_needs_is_named(clip, message, tmp_path):
     write(tmp_path / "short.zip", grey_frames(range(7)))
     os.makedirs(tmp_path / "folder")
-    (tmp_path / "folder/img_00001.jpg").write_bytes(encode(grey_frames([9])[0]))
+    (tmp_path / "folder/img_00001.jpg").write_bytes(encode_jpeg(grey_frames([9])[0]))
     name, *rest = clip
     dataset = ClipDataset([Clip(f"{tmp_path}/{name}", *rest)], frames=4, stride=1)
     with pytest.raises(InputError, match=f"{name}: {message}"):
@@ -208,7 +209,7 @@ def test_a_folder_a_class_may_hold_any_media(tmp_path):
     os.makedirs(tmp_path / "train/a/2")
     for i in range(3):
         file = tmp_path / f"train/a/2/img_{i + 1:05d}.jpg"
-        file.write_bytes(encode(grey_frames([50 * i])[0]))
+        file.write_bytes(encode_jpeg(grey_frames([50 * i])[0]))
     write(tmp_path / "val/a/3.zip", grey_frames(range(8)))
     clips = pretrain.load_clips("acp", {"source": str(tmp_path)})
     assert clips.classes == ["a", "b"]
@@ -229,7 +230,7 @@ def test_a_folder_a_class_may_hold_any_media(tmp_path):
 def test_still_images_by_class(tmp_path):
     for file in ("train/cat/1.JPEG", "val/cat/2.jpg"):  # as ImageNet spells it
         os.makedirs(os.path.dirname(tmp_path / file))
-        (tmp_path / file).write_bytes(encode(grey_frames([9])[0]))
+        (tmp_path / file).write_bytes(encode_jpeg(grey_frames([9])[0]))
     clips = pretrain.load_clips("icp", {"source": str(tmp_path)})
     sample = ClipDataset(clips.train, frames=1, stride=1)[0, data.Fidelity("full", 1, 8)]
     assert sample["frames"].shape == (1, 1, 3, 8, 8)

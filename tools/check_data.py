@@ -361,22 +361,24 @@ def write_problems(problems, path):
 
 def find_sources(args):
     """Return the Sources of the command line; a config has what is not named there."""
-    given = args.annotations, args.subsets, args.frames, args.features, args.durations
+    keys = ("annotations", "frames", "features", "durations", "json")
+    given = {key: getattr(args, key) for key in keys if getattr(args, key)}
     if not args.cfg:
-        return Sources(*given, json=args.json)
+        return Sources(**given)
     cfg = config.load_config(args.cfg, args.set)
     stages = set(cfg.stages)
     features = data.as_list(cfg.data.features or [])
     if not features and {"sola", "head", "detect"} & stages and "features" not in stages:
         features = [RunFolder(cfg.out).features]
     subsets = [cfg.data.train_subset, cfg.data.val_subset]
-    names = cfg.data.annotations, subsets, cfg.data.frames, features, cfg.data.durations
-    sources = Sources(*(one or other for one, other in zip(given, names, strict=True)))
-    required = ["frames"] if config.reads_frames(cfg, stages) else []
-    required += ["features"] if sources.features else []
-    sources.split, sources.json = (*subsets, cfg.data.val_share), args.json
+    known = {key: cfg.data[key] for key in ("annotations", "frames", "durations")}
+    sources = Sources(**known | {"features": features} | given)
+    sources.required = ["frames"] if config.reads_frames(cfg, stages) else []
+    sources.required += ["features"] if sources.features else []
+    sources.subsets, sources.train = subsets, cfg.data.train_subset
+    sources.split = (*subsets, cfg.data.val_share)
     sources.settings = config.frame_settings(cfg)
-    return replace(sources, required=required, train=cfg.data.train_subset)
+    return sources
 
 
 def main(argv=None):
@@ -390,7 +392,6 @@ def main(argv=None):
     add("--frames", help="folder of prepared ZIPs, folders of JPEG frames or video files")
     add("--features", nargs="+", default=[], help="folders or HDF5 files of features")
     add("--durations", help="JSON {video: seconds}, for annotations without durations")
-    add("--subsets", nargs="+", help="default: the config's, or all that have segments")
     add("--problems", help="list of problems to write; default: NAME.problems.txt beside NAME.json")
     add("--workers", type=int, default=0, help="processes that open the frames; default: 0, none")
     args = parser.parse_args(argv)

@@ -28,13 +28,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy import cos, pi, sin
-from torchcodec.encoders import JpegEncoder
 
 from checkpoint import load_json, save_json
 from config import one_line_errors
 from media import InputError
 from tools.jobs import available_cores, run_jobs
-from tools.prepare_data import write_frame_zip
+from tools.prepare_data import encode_jpeg, write_frame_zip
 
 FPS = 8
 VERSION = 2  # of the drawing: goes up when the same arguments give other pictures
@@ -210,7 +209,7 @@ def plan_segments(rng, snippets):
     while True:
         lengths = rng.uniform(0.10, 0.42 if count == 1 else 0.26, count)
         gaps = rng.dirichlet(np.ones(count + 1)) * (1 - lengths.sum())
-        if count == 1 or (gaps[1:-1] >= 3 / snippets).all():
+        if (gaps[1:-1] >= 3 / snippets).all():
             starts = np.cumsum(gaps[:-1]) + np.concatenate([[0], np.cumsum(lengths[:-1])])
             return np.stack([starts, starts + lengths], 1)
 
@@ -287,15 +286,10 @@ def render_still(rng, label, size):
     return add_noise(rng, frames)[0]
 
 
-def encode(frame):
-    """Return a frame (3, H, W) uint8 as the bytes of a JPEG."""
-    return JpegEncoder(frame).to_tensor(quality=92).numpy().tobytes()
-
-
-def write_zip(path, frames, fps=FPS):
+def write_zip(path, frames):
     """Write frames (F, 3, H, W) uint8 as a ZIP of a video, with their sizes: it reads faster."""
-    jpegs = {number: encode(frame) for number, frame in enumerate(frames)}
-    info = {"fps": fps, "num_frames": len(frames), "duration_sec": len(frames) / fps}
+    jpegs = {number: encode_jpeg(frame) for number, frame in enumerate(frames)}
+    info = {"fps": FPS, "num_frames": len(frames), "duration_sec": len(frames) / FPS}
     sizes = {"short_sides": [frames.shape[2]], "bytes": [[len(jpeg) for jpeg in jpegs.values()]]}
     write_frame_zip(path, {**info, "frames": list(jpegs), **sizes}, [jpegs])
 
@@ -327,7 +321,7 @@ def write_item(item, folder, toy):
         write_zip(f"{folder}/{number:05d}.zip", render_clip(rng, label, toy))
     else:
         with open(f"{folder}/{number:05d}.jpg", "wb") as file:
-            file.write(encode(render_still(rng, label, toy.size)))
+            file.write(encode_jpeg(render_still(rng, label, toy.size)))
 
 
 def make_toy(out, toy, workers=None):
@@ -348,8 +342,8 @@ def make_toy(out, toy, workers=None):
         problem = f"{out} already exists with {different if made else 'other content'}"
         raise InputError(f"{problem}:\nname another --out, or remove that folder yourself")
     part = f"{out}.part-{os.getpid()}"
-    counts = {kind: n + m for kind, (n, m, _) in list_kinds(toy).items()}
-    jobs = {(kind, i): (kind, i) for kind, count in counts.items() for i in range(count)}
+    items = [(kind, i) for kind, (n, m, _) in list_kinds(toy).items() for i in range(n + m)]
+    jobs = dict(zip(items, items, strict=True))
     write = partial(write_item, folder=part, toy=toy)
     workers = min(available_cores(), 16) if workers is None else workers
     made = {}
@@ -360,9 +354,8 @@ def make_toy(out, toy, workers=None):
                 raise error
             made[item] = annotation
         database = {f"toy_{i:05d}": made["video", i] for i in range(toy.train + toy.val)}
-        annotations = {"version": "toy", "database": database}
-        for name, content in {"annotations": annotations, "toy": settings}.items():
-            save_json(content, f"{part}/{name}.json")
+        save_json({"version": "toy", "database": database}, f"{part}/annotations.json")
+        save_json(settings, f"{part}/toy.json")
         os.rename(part, out)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from None

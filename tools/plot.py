@@ -446,9 +446,7 @@ def draw_similarity(names, before_sola, after_sola, truth=None):
     per_row = 2 if V > 2 else 1
     num_rows = math.ceil(V / per_row)
     figure = _figure(4.9 * per_row + 0.6, 2.75 * num_rows, layout="constrained")
-    # On the diagonal they are 1.
-    counted = ~np.eye(L, dtype=bool) if L > 1 else np.ones((1, 1), bool)
-    low = min(float(x[:, counted].min()) for x in maps.values())
+    low = min(float(x.min()) for x in maps.values())
     nearest = {"interpolation": "nearest"}
     marks = {"color": COLOURS[1], "linewidth": 3, "solid_capstyle": "butt", "clip_on": False}
     for v, name in enumerate(names):

@@ -32,6 +32,8 @@ from media import InputError
 from tools.jobs import available_cores, run_jobs
 
 HOST = f"{platform.node()}-"  # several machines may write to one folder
+TOLD_AT = [5 * 2**i for i in range(32)]  # videos
+MAKE_ROOM = "make room and rerun, or choose another --out, a lower --quality, fewer --copies"
 
 
 def write_frame_zip(file, info, jpegs):
@@ -47,6 +49,11 @@ def write_frame_zip(file, info, jpegs):
             for number, jpeg in frames.items():
                 name = media.entry_name(number, copy, info.get("short_sides"))
                 archive.writestr(zipfile.ZipInfo(name), jpeg)
+
+
+def encode_jpeg(frame, quality=92):
+    """Return a frame (3, H, W) uint8 as the bytes of a JPEG."""
+    return JpegEncoder(frame).to_tensor(quality=quality).numpy().tobytes()
 
 
 def shrink(frame, short_side):
@@ -70,8 +77,7 @@ def encode_copies(video, numbers, settings):
         for copy, side in enumerate(short_sides):
             # A shrunken frame has more detail a pixel, which takes longer to decode.
             quality = max(settings["quality"] - 5, 1) if copy else settings["quality"]
-            jpeg = JpegEncoder(shrink(frame, side)).to_tensor(quality=quality)
-            jpegs[copy][number] = jpeg.numpy().tobytes()
+            jpegs[copy][number] = encode_jpeg(shrink(frame, side), quality)
     return short_sides, jpegs[: len(short_sides)]
 
 
@@ -116,62 +122,36 @@ def prepare_video(path, target, settings):
     return info["note"]
 
 
-def is_prepared(target, settings):
-    """Return whether `target` exists. Raises InputError unless it was prepared just so."""
+def prepare_once(job):
+    """Prepare a video unless it is: return None if it was there, else its note, "" without one.
+
+    job: path, target and settings of `prepare_video`. Raises InputError unless what is there was
+    prepared just so.
+    """
+    path, target, settings = job
     if not os.path.lexists(target):
-        return False
+        return prepare_video(path, target, settings) or ""
     prepared = media.FrameZip(target).prepared or {}
     changed = [key for key, value in settings.items() if prepared.get(key) != value]
     if changed:
         changes = ", ".join(f"{key} {prepared.get(key)}, now {settings[key]}" for key in changed)
         problem = f"{target} exists, prepared with other settings ({changes})"
         raise InputError(f"{problem}: choose another --out or remove it")
-    return True
 
 
-def _prepare_job(job):
-    """Return None for what is there, else the note of a video just prepared, "" without one."""
-    path, target, settings = job
-    if is_prepared(target, settings):
-        return None
-    return prepare_video(path, target, settings) or ""
+def estimate(out, made, todo, names, started):
+    """Return in words what all of `todo` videos take, by the mean of those made since `started`.
 
-
-class Estimate:
-    """What the videos still to prepare take, by the mean of those made; logged at 5, 10, 20, ...
-
-    todo: how many there are; others: the ZIPs that other programs write to the folder `out`, too.
+    names: of all that are to lie in `out`. Raises InputError if the disk is too small for them.
     """
-
-    def __init__(self, out, todo, others, log):
-        self.out, self.todo, self.others, self.log = out, todo, others, log
-        self.started = time.monotonic()
-        self.made = self.bytes = 0
-
-    def add(self, path):
-        """Count a ZIP. Raises InputError if the disk is too small for the others."""
-        self.made += 1
-        self.bytes += os.path.getsize(path)
-        left = self.todo - self.made
-        if left and self.made in (5 * 2**i for i in range(32)):
-            hours = (time.monotonic() - self.started) / self.made * left / 3600
-            size = f"{1e-9 * self.bytes / self.made * self.todo:.3g} GB"
-            self.log(
-                f"{self.made} of {self.todo} prepared: all will be {size}, {hours:.1f} h to go"
-            )
-            if self.needed() > shutil.disk_usage(self.out).free:
-                raise self.too_small()
-
-    def needed(self):
-        """Return how many bytes more all shards need: not those that are done already."""
-        left = self.todo - self.made + sum(not os.path.lexists(path) for path in self.others)
-        return self.bytes / max(self.made, 1) * left
-
-    def too_small(self):
-        free = f"{1e-9 * shutil.disk_usage(self.out).free:.3g} GB"
-        needed = f"about {1e-9 * self.needed():.3g} GB more" if self.made else "more"
-        what = "make room and rerun, or choose another --out, a lower --quality, fewer --copies"
-        return InputError(f"{self.out}: {needed} needed, {free} free: {what}")
+    size_gb = 1e-9 * sum(os.path.getsize(f"{out}/{name}.zip") for name in made) / len(made)
+    needed_gb = size_gb * sum(not os.path.lexists(f"{out}/{name}.zip") for name in names)
+    free_gb = 1e-9 * shutil.disk_usage(out).free
+    if needed_gb > free_gb:
+        sizes = f"about {needed_gb:.3g} GB more needed, {free_gb:.3g} GB free"
+        raise InputError(f"{out}: {sizes}: {MAKE_ROOM}")
+    hours = (time.monotonic() - started) / len(made) * (todo - len(made)) / 3600
+    return f"all will be {size_gb * todo:.3g} GB, {hours:.1f} h to go"
 
 
 def prepare(videos, out, settings, workers, log=print, others=()):
@@ -192,18 +172,20 @@ def prepare(videos, out, settings, workers, log=print, others=()):
     made = []
     failed = {}
     todo = sum(not os.path.lexists(target) for _, target, _ in jobs.values())
-    estimate = Estimate(out, todo, [f"{out}/{name}.zip" for name in others], log)
-    for name, note, error in run_jobs(_prepare_job, jobs, workers, f"prepare {out}"):
+    started = time.monotonic()
+    for name, note, error in run_jobs(prepare_once, jobs, workers, f"prepare {out}"):
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            raise estimate.too_small()
+            raise InputError(f"{out}: the disk or your quota is full: {MAKE_ROOM}")
         if error is not None:
             failed[name] = str(error)
             log(f"FAILED {name}: {error}")
         elif note is not None:
             made.append(name)
-            estimate.add(jobs[name][1])
             if note:
                 log(f"{name}: {note}")
+            if len(made) in TOLD_AT and len(made) < todo:
+                told = estimate(out, made, todo, [*videos, *others], started)
+                log(f"{len(made)} of {todo} prepared: {told}")
     return made, failed
 
 

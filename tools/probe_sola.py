@@ -1,6 +1,6 @@
 """Measure what SoLa did to the features of a run: self-similarity maps and a linear probe.
 
-    python -m tools.probe_sola RUN [--videos 500] [--maps 6]
+    python -m tools.probe_sola RUN
 
 RUN: a run folder whose stage sola has finished. Writes into RUN/sola:
 
@@ -26,6 +26,9 @@ from config import load_videos, one_line_errors, saved_config
 from data import FeatureDataset
 from media import InputError
 from sola import SoLa, spread
+
+MOST_VIDEOS = 500  # of each split, for the probe
+MOST_MAPS = 6
 
 
 def moving_average(features, taps=5):
@@ -115,16 +118,13 @@ def evenly(dataset, most):
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
 
-def probe(sola, train, held_out, device, max_videos=500):
-    """Probe SoLa's input, its moving average and SoLa's output: the content of probe.json.
-
-    train, held_out: FeatureDatasets, of which at most `max_videos` videos each are read.
-    """
+def probe(sola, train, held_out, device):
+    """Probe SoLa's input, its moving average and SoLa's output on two FeatureDatasets."""
     record = {"labels": "read by this evaluation alone, not by the training of SoLa"}
     samples = {}
     labels = {}
     for split, dataset in (("fitted_on", train), ("held_out", held_out)):
-        picked = evenly(dataset, max_videos)
+        picked = evenly(dataset, MOST_VIDEOS)
         samples[split] = [dataset.features(i)[None] for i in picked]
         pairs = zip(picked, samples[split], strict=True)
         parts = [snippet_labels(dataset.videos[i].actions[0], x.shape[2]) for i, x in pairs]
@@ -149,10 +149,10 @@ def similarity_map(features):
 
 
 @torch.no_grad()
-def similarity_maps(sola, dataset, snippets, device, max_videos=6):
+def similarity_maps(sola, dataset, snippets, device):
     """Return "names" (V,) and maps "raw" and "sola", (V, L, L) each, at L = `snippets`."""
     maps = {"names": [], "raw": [], "sola": []}
-    for i in evenly(dataset, max_videos):
+    for i in evenly(dataset, MOST_MAPS):
         x = dataset.features(i)[None].to(device)
         for key, value in (("raw", sola.standardized(x)), ("sola", sola(x))):
             # As the head gets them.
@@ -162,7 +162,7 @@ def similarity_maps(sola, dataset, snippets, device, max_videos=6):
     return {key: np.array(value) for key, value in maps.items()}
 
 
-def run(folder, max_videos, max_maps):
+def run(folder):
     """Measure the run in `folder` and write both files."""
     cfg = saved_config(folder)
     paths = RunFolder(folder)
@@ -173,14 +173,14 @@ def run(folder, max_videos, max_maps):
     source = cfg.data.features or paths.features
     train = FeatureDataset(load_videos(cfg, "train", source, "features"), source)
     held_out = FeatureDataset(load_videos(cfg, "val", source, "features"), source)
-    maps = similarity_maps(sola, held_out, cfg.video.snippets, device, max_maps)
+    maps = similarity_maps(sola, held_out, cfg.video.snippets, device)
     target = f"{folder}/sola/similarity.npz"
     write_atomic(target, lambda file: np.savez(file, **maps))
     print(f"{len(maps['names'])} self-similarity maps: {target}")
     if not any(len(video.actions[0]) for video in held_out.videos):
         print("no linear probe, as the validation videos have no segments")
         return
-    record = probe(sola, train, held_out, device, max_videos)
+    record = probe(sola, train, held_out, device)
     target = f"{folder}/sola/probe.json"
     save_json(record, target)
     print(f"linear probe, action or background, on {record['held_out']['videos']} videos: {target}")
@@ -195,13 +195,9 @@ def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("tools.probe_sola", None, __doc__, formatter_class=formatter)
     parser.add_argument("run", metavar="RUN", help="run folder with a finished stage sola")
-    parser.add_argument("--videos", type=int, default=500, help="most videos of each split")
-    parser.add_argument("--maps", type=int, default=6, help="most self-similarity maps")
     args = parser.parse_args(argv)
-    if min(args.videos, args.maps) < 1:
-        parser.error("--videos and --maps: expected at least 1")
     with one_line_errors("tools.probe_sola"):
-        run(args.run, args.videos, args.maps)
+        run(args.run)
 
 
 if __name__ == "__main__":
