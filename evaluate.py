@@ -207,10 +207,11 @@ def load_class_scores(
         table = data.get("results", data)
         columns = _read_entries(table, name, ("label", "score"), [])
         labels = sorted({*columns["label"]})
-        best = {video: {} for video in table}
+        best = [{} for _ in table]
         for video, label, score in zip(*columns.values(), strict=True):
             best[video][label] = max(score, best[video].get(label, score))
-        table = {video: [row.get(label, 0) for label in labels] for video, row in best.items()}
+        rows = [[row.get(label, 0) for label in labels] for row in best]
+        table = dict(zip(table, rows, strict=True))
     spellings = [(video, video.removeprefix("v_"), "v_" + video) for video in videos]
     found = [next(filter(table.__contains__, names), None) for names in spellings]
     missing = [video for video, key in zip(videos, found, strict=True) if key is None]
@@ -318,15 +319,15 @@ class _Segments:
 
 
 def _read_entries(table, name, keys, notes, needs_label=True):
-    """Return columns {"video": names, **keys} of {video: [entry, ...]}."""
+    """Return columns {"video": its place in the table, **keys} of {video: [entry, ...]}."""
     lists = [*table.values()] if isinstance(table, dict) else [None]
     if not all(isinstance(entries, list) for entries in lists):
         raise InputError(f"{name}: expected {{video: [entry, ...]}}, got {table!s:.200}")
     entries = [*chain.from_iterable(lists)]
-    video = [name for name, listed in table.items() for _ in listed]
+    video = np.repeat(np.arange(len(table)), [*map(len, lists)])
 
     def where(i):
-        return f"{name}: video {video[i]!r}, entry {i - video.index(video[i])}"
+        return f"{name}: video {[*table][video[i]]!r}, entry {i - np.searchsorted(video, video[i])}"
 
     labelled = any(isinstance(entry, dict) and "label" in entry for entry in entries)
     if not needs_label and entries and not labelled:
@@ -349,9 +350,10 @@ def _columns(entries, keys):
         values = [entry[key] for entry in entries]
         if key == "label":
             # Some annotations hold class indices.
-            if not {*map(type, values)} <= {str, int, float}:
+            types = {*map(type, values)}
+            if not types <= {str, int, float}:
                 raise TypeError
-            columns[key] = [*map(str, values)]
+            columns[key] = values if types == {str} else [*map(str, values)]
         else:
             columns[key] = _numbers(values, shape=(2,) if key == "segment" else ())
     return columns
@@ -399,7 +401,7 @@ def _read_ground_truth(data, name, subset, notes):
     columns = _read_entries(annotations, name, ("label", "segment"), notes)
     classes = [x for x in dict.fromkeys(columns["label"]) if not is_ambiguous(x)]
     listed = _Segments(
-        video=_index(columns["video"], chosen),
+        video=columns["video"],
         label=_index(columns["label"], classes),
         segment=columns["segment"],
         score=np.ones(len(columns["video"])),
@@ -426,10 +428,13 @@ def _read_predictions(data, name, truth, subset, ar, notes):
         raise InputError(f'{name}: no "results"; expected {{"results": {{video: [entries]}}}}')
     keys = ["segment", "score", "label"]
     columns = _read_entries(data["results"], name, keys, notes, needs_label=not ar)
-    video = _places(columns["video"], truth.videos, "video", subset, notes)
+    videos = [*data["results"]]
+    video = _index(videos, truth.videos)[columns["video"]]
+    _note_unknown(video, lambda i: videos[columns["video"][i]], "video", subset, notes)
     label = None
     if "label" in columns:
-        label = _places(columns["label"], truth.classes, "label", subset, notes)
+        label = _index(columns["label"], truth.classes)
+        _note_unknown(label, columns["label"].__getitem__, "label", subset, notes)
     segment = columns["segment"]
     end = segment[video >= 0, 1]
     duration = truth.durations[video[video >= 0]]
@@ -439,15 +444,13 @@ def _read_predictions(data, name, truth, subset, ar, notes):
     return replace(truth, video=video, label=label, segment=segment, score=columns["score"])
 
 
-def _places(names, known, noun, subset, notes):
-    """Return the place of each prediction's name among the known ones; others, -1, are noted."""
-    place = _index(names, known)
-    unknown = [name for name, i in zip(names, place, strict=True) if i < 0]
-    if unknown:
-        note = f"{len(unknown)} of {len(names)} predictions have"
-        note += f" {_count([*dict.fromkeys(unknown)], noun)} that subset {subset!r} does not have"
-        notes.append(f"{note}: none of them is right")
-    return place
+def _note_unknown(place, name, noun, subset, notes):
+    """Note how many predictions have place -1, and the names, name(i), that are not known."""
+    unknown = np.flatnonzero(place < 0)
+    if len(unknown):
+        note = f"{len(unknown)} of {len(place)} predictions have"
+        note += f" {_count([*dict.fromkeys(map(name, unknown))], noun)} that subset {subset!r}"
+        notes.append(f"{note} does not have: none of them is right")
 
 
 def _count(names, noun):
@@ -584,7 +587,7 @@ def _match_predictions(truth, predicted, thresholds, interpolate):
     match = np.empty((len(thresholds), len(order)), np.int32)
     for row, threshold in zip(match, thresholds, strict=True):
         near = ~(overlap < threshold)
-        row[:] = _match(p[near], t[near], len(order))
+        row[:] = _match(p[near], t[near], len(order), len(truth.video))
     if len(truth.ambiguous.video):
         p, _, overlap = _candidates(truth.ambiguous, ranked, 0, by_class=False)
         p = p[overlap > 0]
@@ -600,37 +603,53 @@ def _candidates(truth, predicted, lowest, *, by_class):
     lengths); for each prediction the ground truths in the official order, tIoU.argsort()[::-1].
     """
     groups = []
-    for x in (truth, predicted):
-        group = x.video * len(truth.classes) + x.label if by_class else x.video
-        groups.append(np.where((x.video >= 0) & (x.segment[:, 1] >= x.segment[:, 0]), group, -1))
-    shared = np.intersect1d(*groups)
-    shared = shared[shared >= 0]
-    rows = []
-    for group in groups:
-        order = np.argsort(group, kind="stable")
-        first = np.searchsorted(group[order], shared)
-        last = np.searchsorted(group[order], shared, side="right")
-        rows.append([order[a:b] for a, b in zip(first, last, strict=True)])
+    for segments in (truth, predicted):
+        group = segments.video * len(truth.classes) + segments.label if by_class else segments.video
+        # 0 for what can match nothing.
+        possible = (segments.video >= 0) & (segments.segment[:, 1] >= segments.segment[:, 0])
+        groups.append(np.where(possible, group + 1, 0))
+    members = np.argsort(groups[0], kind="stable")
+    size = np.bincount(groups[0], minlength=len(truth.videos) * len(truth.classes) + 1)
+    first = (np.cumsum(size) - size)[groups[1]]
+    size[0] = 0
+    faced = size[groups[1]]
     found = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
-    for t, p in zip(*rows, strict=True):
-        overlap = tiou(predicted.segment[p], truth.segment[t], undefined=np.nan)
-        order = overlap.argsort(1)[:, ::-1]
-        overlap = np.take_along_axis(overlap, order, 1)
-        row, column = np.nonzero(~(overlap < lowest))
-        found.append((p[row], t[order[row, column]], overlap[row, column]))
+    # All predictions that face g ground truths at once, in blocks of a bounded size.
+    for g in np.unique(faced[faced > 0]):
+        facing = np.flatnonzero(faced == g)
+        for p in np.array_split(facing, len(facing) * g // 2_000_000 + 1):
+            t = members[first[p, None] + np.arange(g)]  # (len(p), g)
+            overlap = tiou(predicted.segment[p, None], truth.segment[t], undefined=np.nan)[:, 0]
+            order = overlap.argsort(1)[:, ::-1]
+            overlap = np.take_along_axis(overlap, order, 1)
+            t = np.take_along_axis(t, order, 1)
+            row, column = np.nonzero(~(overlap < lowest))
+            found.append((p[row], t[row, column], overlap[row, column]))
     p, t, overlap = (np.concatenate(part) for part in zip(*found, strict=True))
     order = np.argsort(p, kind="stable")
     return p[order], t[order], overlap[order]
 
 
-def _match(p, t, P):
-    """Give each of P predictions, in order, the first free ground truth of its pairs, or FALSE."""
-    match = [FALSE] * P
-    taken = set()
-    for prediction, one in zip(p.tolist(), t.tolist(), strict=True):
-        if match[prediction] == FALSE and one not in taken:
-            match[prediction] = one
-            taken.add(one)
+def _match(p, t, P, G):
+    """Match greedily: predictions in order, each takes the first free ground truth of its pairs.
+
+    p, t (m,): pairs of `_candidates`. Returns (P,), else FALSE: the sequential loop's result, in a
+    few rounds. A pair is sure if it is the first of its prediction and of its ground truth, as no
+    better-ranked prediction wants that; it takes both out of the next round.
+    """
+    match = np.full(P, FALSE)
+    free = np.ones(G, bool)
+    first = np.empty(G, int)
+    while len(p):
+        choice = np.flatnonzero(np.diff(p, prepend=-1))
+        # Backwards: of a ground truth's pairs the first is written last, and stays.
+        first[t[::-1]] = np.arange(len(t))[::-1]
+        sure = choice[first[t[choice]] == choice]
+        match[p[sure]] = t[sure]
+        free[t[sure]] = False
+        left = free[t] & (match[p] < 0)
+        p = p[left]
+        t = t[left]
     return match
 
 
