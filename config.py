@@ -246,7 +246,9 @@ def differences(old, new, ignore=FREE_KEYS | COST_KEYS):
         ignore = ignore | {"stages"}
     keys = sorted((old.keys() | new.keys()) - ignore - {"out"})
     pairs = [(key, old.get(key), new.get(key)) for key in keys]
-    return [f"  {key}: {was!r} there, {now!r} now" for key, was, now in pairs if was != now]
+    lines = [f"  {key}: {was!r} there, {now!r} now" for key, was, now in pairs if was != now]
+    more = len(lines) - 9
+    return lines if more < 2 else [*lines[:9], f"  and {more} more keys"]
 
 
 # ---------------------------------------------------------------------------------------- checking

@@ -439,6 +439,19 @@ def test_what_only_costs_time_counts_where_it_is_asked_for():
     assert lines == ["  features.chunk_snippets: 32 there, 8 now"]
 
 
+def test_of_many_differences_nine_are_shown():
+    keys = [f"{block}.{key}" for block in ("lofi", "head", "sola") for key in ("lr", "epochs")]
+    keys += [f"{block}.batch_size" for block in ("lofi", "head", "sola")]
+    lines = config.differences(toy(), toy(*(f"{key}=77" for key in keys)))
+    assert len(lines) == 9
+    lines = config.differences(toy(), toy(*(f"{key}=77" for key in keys), "seed=77"))
+    assert len(lines) == 10 and "more" not in lines[-1]
+    lines = config.differences(
+        toy(), toy(*(f"{key}=77" for key in [*keys, "seed", "detect.sigma"]))
+    )
+    assert len(lines) == 10 and lines[-1] == "  and 2 more keys"
+
+
 def test_what_a_killed_start_was_writing_is_removed_in_our_own_folders_only(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
