@@ -372,11 +372,11 @@ def _doubts(videos, frame_paths, settings):
     for video in [video for video in videos if video.name in frame_paths][:1]:
         with contextlib.suppress(InputError):
             path = frame_paths[video.name]
-            source = media.open_media(path)
-            told = source.duration or video.duration
+            told = _media_duration(path) or video.duration
             if not 0.9 < video.duration / told < 1.1:
                 yield f"{path} has {told:g} s, {video.duration:g} s are given: milliseconds?"
-            prepared = settings and getattr(source, "prepared", None)
+            source = media.FrameZip(path) if settings and path.endswith(".zip") else None
+            prepared = source and source.prepared
             differs = prepared and {key: prepared.get(key) for key in settings} != settings
             if differs and len(source.kept) < source.num_frames:
                 why = f"{path} was prepared for {prepared}, the config has {settings}"
