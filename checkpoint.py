@@ -277,8 +277,9 @@ class Progress:
         measures["data_wait"] = self.waited / seconds  # share of waiting for a batch
         measures["peak_memory_gb"] = peak_memory_gb(self.ddp.device)
         left = (self.epochs * self.steps - done) * seconds / max(steps, 1)  # at this epoch's pace
-        for name, value in {**measures, "hours_left": left / 3600}.items() if self.writer else ():
-            self.writer.add_scalar(name, value, done)
+        if self.writer:
+            for name, value in {**measures, "hours_left": left / 3600}.items():
+                self.writer.add_scalar(name, value, done)
         line = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         self.ddp.log(f"{title}: fidelity {fidelity}, {line}, {tqdm.format_interval(left)} left")
         return measures

@@ -48,13 +48,15 @@ STAGES = {
 }
 
 # Who made the classes of a run's detections, by cfg.classes.
-CLASS_SOURCES = {"video": "video classifier of the run"}
-CLASS_SOURCES["segment"] = "segments, classifier of the run"
+CLASS_SOURCES = {
+    "video": "video classifier of the run",
+    "segment": "segments, classifier of the run",
+}
 
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every", "tensorboard"}
-COST_KEYS = {f"{block}.chunk_snippets" for block in ("lofi", "features")}
-COST_KEYS |= {"lofi.accumulate", "encoder.recompute"}
+COST_KEYS = {"lofi.chunk_snippets", "lofi.accumulate", "encoder.recompute"}
+COST_KEYS |= {"features.chunk_snippets"}
 
 # One class for what a user can mend, repeated in the files that can be copied alone.
 INPUT_ERRORS = (InputError, *(m.InputError for m in (tsm, video_encoders, evaluate, sola)))
@@ -601,8 +603,9 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         run.lock()
     remedy = "name another folder with --set out=..., or remove that one yourself"
     exists = os.path.exists(run.config)
-    made = [f"{cfg.out}/{name}" for name in (*STAGES, "proposals.json", "result.json")]
-    if not exists and (foreign := [p for p in (*made, run.metrics) if os.path.exists(p)]):
+    made = [f"{cfg.out}/{stage}" for stage in STAGES]
+    foreign = [p for p in (*made, run.proposals, run.result, run.metrics) if os.path.exists(p)]
+    if foreign and not exists:
         raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
     if exists and is_begun(cfg.out):

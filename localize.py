@@ -88,7 +88,8 @@ def frame_chunks(source, numbers, size, crop, chunk_snippets):
     wanted = np.unique(numbers)
     decoder = source.decode(wanted, size / crop)
     frames = {}
-    last, num_decoded = -1, 0
+    last = -1
+    num_decoded = 0
     for i in range(0, len(numbers), chunk_snippets):
         rows, later = numbers[i : i + chunk_snippets], numbers[i + chunk_snippets :]
         end = rows.max()
