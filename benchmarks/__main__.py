@@ -41,8 +41,7 @@ its options with `--help`:
 python -m benchmarks.head                 # and with --head bmn
 python -m benchmarks.training
 python -m benchmarks.evaluation
-python -m benchmarks.data frames          # needs FFmpeg's command
-python -m benchmarks.data annotations
+python -m benchmarks.data                 # needs FFmpeg's command
 python -m benchmarks.disk parts           # and settings
 python -m benchmarks.sola cost
 python -m benchmarks.scale annotations    # and with detections, videos, features, rows

@@ -1,9 +1,8 @@
-"""Measure loading: samples from prepared frames against the public habits, and many annotations.
+"""Measure loading: samples from prepared frames against the public habits.
 
-    python -m benchmarks.data frames [--video VIDEO.mp4]   needs FFmpeg's command, and Pillow
-    python -m benchmarks.data annotations [--videos 1000000]
+    python -m benchmarks.data [--video VIDEO.mp4]   needs FFmpeg's command, and Pillow
 
-frames: one video (default: a test picture with noise), repeated up to --seconds, is prepared as
+One video (default: a test picture with noise), repeated up to --seconds, is prepared as
 tools.prepare_data does. Then samples of the four fidelities (LoFi's ActivityNet sizes) are loaded
 as training does, in one thread, from:
     prepared            the ZIP, with its smaller copies
@@ -12,12 +11,10 @@ as training does, in one thread, from:
     PIL folder          JPEG files of the same frames, opened, cropped and resized with Pillow
 Medians over --repeats random views; file caches are warm. Time is CPU time, which other programs
 disturb less. JPEG share: of it within torchcodec's JPEG decoder.
-annotations: seconds and peak memory of reading a JSON of so many videos.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -31,13 +28,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import data
 import media
 from benchmarks.table import Row, rounded
 from tools.prepare_data import prepare
 
 VIDEO = {"snippets": 100, "frames_per_snippet": 8, "stride": 8, "size": 224, "crop": 0.875}
+# As tools.prepare_data prepares frames, without copies.
+PREPARED = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
 FULL = data.Fidelity("full", 100, 224)
 SIZES = {"full": [100, 224], "S": [100, 112], "T": [25, 224], "ST": [50, 158]}
 FIDELITIES = {name: data.Fidelity(name, *size) for name, size in SIZES.items()}
@@ -149,13 +147,7 @@ def measure_frames(args):
         repeat_video(args.video, args.seconds, long)
         source = media.open_media(long)
         print(f"video: {source.duration:.1f} s, {os.path.getsize(long) / 1e6:.1f} MB")
-        settings = {
-            "snippets": FULL.snippets,
-            "frames": 8,
-            "stride": 8,
-            "short_side": 256,
-            "quality": 90,
-        }
+        settings = PREPARED | {"snippets": FULL.snippets}
         loads = {"video file": loader(long, source.duration)}
         for name, copies in (("prepared, one size", []), ("prepared", [181, 128])):
             prepare({"v": long}, f"{folder}/{name}", {**settings, "copies": copies}, 0)
@@ -200,7 +192,7 @@ def rows(quick=False):
         return [Row("samples of a video", "", "not measured: needs FFmpeg's command")]
     if importlib.util.find_spec("PIL") is None:
         options.append("--no-pil")
-    found = measure_frames(parse_arguments(["frames", *options]))
+    found = measure_frames(parse_arguments(options))
     prepared = found.pop("prepared")
     size = f"{FULL.snippets} x 8 frames x {FULL.size} pixels"
     what = f"samples from a prepared ZIP, {size}; {', '.join(FIDELITIES)}"
@@ -223,36 +215,13 @@ def rows(quick=False):
     return [*table, row, Row(what, "all of a sample's time", ", ".join(shares))]
 
 
-def measure_annotations(args):
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/annotations.json"
-        with open(path, "w") as file:
-            file.write('{"database": {')
-            for i in range(args.videos):
-                duration = rng.uniform(10, 240)
-                segments = np.sort(rng.uniform(0, duration, (rng.integers(1, 4), 2)), 1).tolist()
-                annotations = [{"segment": s, "label": f"class {i % 200}"} for s in segments]
-                entry = {"subset": "training", "duration": duration, "annotations": annotations}
-                file.write(f'{", " if i else ""}"v_{i:011d}": {json.dumps(entry)}')
-            file.write("}}")
-        started = time.monotonic()
-        data.load_annotations(path)
-        peak = checkpoint.peak_memory_gb(torch.device("cpu"))
-        print(
-            f"{args.videos:,} videos read in {time.monotonic() - started:.1f} s, peak {peak:.2f} GB"
-        )
-
-
 def parse_arguments(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["frames", "annotations"])
-    parser.add_argument("--video", help="a video file, for frames; default: one is made")
+    parser.add_argument("--video", help="a video file; default: one is made")
     parser.add_argument("--seconds", type=float, default=117, help="117: the mean of ActivityNet")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-pil", action="store_true", help="leave Pillow out")
-    parser.add_argument("--videos", type=int, default=1_000_000)
     return parser.parse_args(argv)
 
 
@@ -260,10 +229,7 @@ def main():
     args = parse_arguments()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, 1 thread, torch {torch.__version__}")
-    if args.what == "annotations":
-        measure_annotations(args)
-    else:
-        measure_frames(args)
+    measure_frames(args)
 
 
 if __name__ == "__main__":

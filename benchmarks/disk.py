@@ -25,7 +25,7 @@ import torch
 
 import data
 import media
-from benchmarks.data import FIDELITIES, FULL, VIDEO, loader, make_video, repeat_video
+from benchmarks.data import FIDELITIES, FULL, PREPARED, VIDEO, loader, make_video, repeat_video
 from benchmarks.table import Row
 from tools.prepare_data import prepare, shrink
 from tsm import TSM, load_state, load_weights
@@ -88,8 +88,7 @@ def measure_parts(video, seconds, most=200):
     """Return milliseconds of the steps of a sample, {fidelity: {step: ms}}."""
     with tempfile.TemporaryDirectory() as folder:
         repeat_video(video, seconds, f"{folder}/v.mp4")
-        settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "quality": 90}
-        prepare({"v": f"{folder}/v.mp4"}, folder, {**settings, "copies": [181, 128]}, 0)
+        prepare({"v": f"{folder}/v.mp4"}, folder, {**PREPARED, "copies": [181, 128]}, 0)
         found = {name: sample_parts(f"{folder}/v.zip", f, most) for name, f in FIDELITIES.items()}
     print("\n| ms | " + " | ".join(found["full"]) + " |\n|---|" + "--:|" * len(found["full"]))
     for name, parts in found.items():
@@ -167,11 +166,10 @@ class DiskTable:
             rows[name] = numbers[part[data.snippet_rows(len(part), self.args.snippets)]]
         lossless = Lossless(long, np.unique(torch.cat(list(rows.values()))))
         self._encode(lossless, None, (), rows)
-        settings = {"snippets": 100, "frames": 8, "stride": 8, "short_side": 256, "rate": None}
         loads = {}
         for quality, copies in itertools.product(QUALITIES, COPIES):
             out = f"{folder}/{quality}-{len(loads)}"
-            prepare({"v": long}, out, {**settings, "quality": quality, "copies": list(copies)}, 0)
+            prepare({"v": long}, out, PREPARED | {"quality": quality, "copies": [*copies]}, 0)
             size = os.path.getsize(f"{out}/v.zip")
             self.sizes.setdefault((quality, copies), []).append(size)
             self._encode(media.open_media(f"{out}/v.zip"), quality, copies, rows)

@@ -45,6 +45,7 @@ import data
 import evaluate
 import localize
 import sola
+from benchmarks.data import repeat_video
 from benchmarks.table import Row, rounded
 from localizer import Distributed, Localizer, build_encoder, localization_step
 
@@ -175,8 +176,7 @@ def make_video(path, minutes):
     picture = f"testsrc2=size=64x48:rate={FPS}:duration={min(60, 60 * minutes)}"
     encode = ["-f", "lavfi", "-i", picture, "-c:v", "mpeg4", "-g", "50", "-pix_fmt", "yuv420p"]
     subprocess.run(["ffmpeg", "-v", "error", "-y", *encode, minute], check=True)
-    repeat = ["-stream_loop", "-1", "-i", minute, "-t", str(60 * minutes), "-c", "copy"]
-    subprocess.run(["ffmpeg", "-v", "error", "-y", *repeat, path], check=True)
+    repeat_video(minute, 60 * minutes, path)
 
 
 def small_model(rate):
