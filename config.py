@@ -48,10 +48,8 @@ STAGES = {
 }
 
 # Who made the classes of a run's detections, by cfg.classes.
-CLASS_SOURCES = {
-    "video": "video classifier of the run",
-    "segment": "segments, classifier of the run",
-}
+CLASS_SOURCES = {"video": "video classifier of the run"}
+CLASS_SOURCES |= {"segment": "segments, classifier of the run"}
 
 # Keys that may change between two starts of a run; with COST_KEYS only time and memory change.
 FREE_KEYS = {"data.workers", "device", "checkpoint_sec", "log_every", "tensorboard"}
@@ -146,9 +144,8 @@ _KINDS = {
     **dict.fromkeys((int, float), "a number"),
 }
 # Where the default is null, a number such as this is possible, elsewhere text.
-NUMBERS = {"video.rate": 0.5}
-NUMBERS |= dict.fromkeys(("lofi.chunk_snippets", "lofi.cycle_length"), 1)
-NUMBERS |= dict.fromkeys(("gtad.durations", "gtad.longest"), 1)
+NUMBERS = {"video.rate": 0.5, "lofi.chunk_snippets": 1, "lofi.cycle_length": 1}
+NUMBERS |= {"gtad.durations": 1, "gtad.longest": 1}
 LISTS = {"data.features", "head.lr"}  # which may be a list as well
 
 
@@ -603,9 +600,8 @@ def open_run(cfg, ddp, pending=tuple(STAGES)):
         run.lock()
     remedy = "name another folder with --set out=..., or remove that one yourself"
     exists = os.path.exists(run.config)
-    made = [f"{cfg.out}/{stage}" for stage in STAGES]
-    foreign = [p for p in (*made, run.proposals, run.result, run.metrics) if os.path.exists(p)]
-    if foreign and not exists:
+    made = [f"{cfg.out}/{stage}" for stage in STAGES] + [run.proposals, run.result, run.metrics]
+    if not exists and (foreign := [path for path in made if os.path.exists(path)]):
         raise InputError(f"{foreign[0]} exists, but {run.config} does not:\n{remedy}")
     old = saved_config(cfg.out) if exists else cfg
     if exists and is_begun(cfg.out):

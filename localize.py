@@ -156,8 +156,7 @@ def table(detections, most=10):
     shown = [d for d in detections[:most] if d["score"] >= 1e-4]
     if not shown:
         return "no detection scores 0.0001 or more"
-    rows = [(d["label"], f"{d['score']:.3g}", *d["segment"]) for d in shown]
-    rows = [[label, score, f"{start:.2f}", f"{end:.2f}"] for label, score, start, end in rows]
+    rows = [[d["label"], f"{d['score']:.3g}", *(f"{t:.2f}" for t in d["segment"])] for d in shown]
     return evaluate.markdown_table(["class", "score", "start (s)", "end (s)"], rows)
 
 
